@@ -89,6 +89,30 @@ def test_a_killed_clustering_goes_on_with_the_same_bits(tmp_path: Path, monkeypa
 
 
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("k", "fast"), [(40, False), (600, True)])
+def test_rows_whose_label_cannot_change_are_not_searched_for(
+    tmp_path: Path, monkeypatch, k: int, fast: bool, device: str
+) -> None:
+    monkeypatch.setattr(gpu_kmeans, "_SMALL_ROWS", 0)
+    searched: list[tuple[int, int]] = []  # numbers of rows and of centroids, padded to 256
+    whole_search = gpu_kmeans._Engine.best_two
+
+    def recording(self, piece, candidates, chosen=None):
+        searched.append((len(piece.rows) if chosen is None else len(chosen), len(candidates.norms)))
+        return whole_search(self, piece, candidates, chosen)
+
+    monkeypatch.setattr(gpu_kmeans._Engine, "best_two", recording)
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(k, 64))[np.minimum(rng.integers(0, 2 * k, 4000), k - 1)]
+    rows = (centres + 0.2 * rng.normal(size=(4000, 64))).astype(np.float32)
+    check(write(tmp_path, rows), k, 15, device)
+    padded = -(-k // 256) * 256
+    assert searched[0] == (4000, padded)
+    assert any(count < 2000 for count, among in searched if among == padded)
+    assert any(among == 256 for _, among in searched) == (fast or padded == 256)
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("table", ["plain", "lattice", "duplicates", "midpoints"])
 def test_one_iteration_at_a_time_gives_the_same_bits(tmp_path: Path, monkeypatch, table: str, device: str) -> None:
     monkeypatch.setattr(gpu_kmeans, "_SMALL_ROWS", 0)

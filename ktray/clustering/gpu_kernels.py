@@ -1,4 +1,4 @@
-"""Triton kernels of k-means: the best two centroids of each row, exact comparison of two centroids, exact sums of clusters.
+"""Triton kernels of k-means: the best two centroids of each row, exact comparisons, exact sums of clusters, and new centroids.
 
 Each has a counterpart in `gpu_kmeans` made of torch operations, which runs where Triton does not.
 """
@@ -16,6 +16,7 @@ NO_CENTROID = 1e37  # the norm of padding; finite, so that naming it in its low 
 _BLOCK_ROWS = 128
 _WIDE = 1024  # measured on an H200 at widths 512 and 2048: 4 and 5 % between the two block shapes
 _SUM_ENTRIES, _SUM_WIDTH = 64, 256
+_OWN_ROWS = 64
 
 
 @triton.jit
@@ -30,14 +31,17 @@ def _insert(value, number, first, first_number, second, second_number, third):  
     return first, first_number, second, second_number, third
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+# Numbers that change from call to call are not specialised, since each special case is compiled anew.
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
 def _best_two_kernel(  # type: ignore[no-untyped-def]
-    rows, centroids, norms, lengths, squares, best, runner_up, status,
-    n, k_padded, per_length, per_square, absolute,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
+    rows, chosen, centroids, norms, lengths, squares, best, runner_up, status, nearest_bound, next_bound,
+    n, k_padded, per_length, per_square, absolute, length_share, unit,
+    ALL: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     numbers = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     read = tl.minimum(numbers, n - 1)
+    if not ALL:
+        read = tl.load(chosen + read)
     inner, column = tl.arange(0, INNER), tl.arange(0, COLUMNS)
     first = tl.full((ROWS,), 1e38, tl.float32)
     second, third = first, first
@@ -66,41 +70,199 @@ def _best_two_kernel(  # type: ignore[no-untyped-def]
     length = tl.load(lengths + read)
     limit = first + per_length * length + per_square * tl.load(squares + first_number) + absolute
     unclear = tl.where(second > limit, 0, 1) + tl.where(third > limit, 0, 1)
-    tl.store(best + numbers, first_number, mask=numbers < n)
-    tl.store(runner_up + numbers, second_number, mask=numbers < n)
-    tl.store(status + numbers, unclear.to(tl.int8), mask=numbers < n)
+    inside = numbers < n
+    tl.store(best + numbers, first_number, mask=inside)
+    tl.store(runner_up + numbers, second_number, mask=inside)
+    tl.store(status + numbers, unclear.to(tl.int8), mask=inside)
+    below = 0.5 * per_length * length + absolute
+    tl.store(nearest_bound + numbers, _distance(first - below, length * length_share, unit), mask=inside)
+    tl.store(next_bound + numbers, _distance(second - below, length * length_share, unit), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _distance(score, length, unit):  # type: ignore[no-untyped-def]
+    """A lower bound of a distance, from those of its score and of |x|^2."""
+    return tl.sqrt(tl.maximum(score * unit + length, 0.0)) * 0.999999
 
 
 def best_two(
     rows: Tensor,
+    chosen: Tensor | None,
     centroids: Tensor,
     norms: Tensor,
     lengths: Tensor,
     squares: Tensor,
     limits: tuple[float, float, float],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Numbers of the nearest and second-nearest centroid by their scores, and how many others could be the nearest: 0, 1 or 2+.
+    unit: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Numbers of the nearest and second-nearest centroid by their scores, how many others could be the nearest, and bounds.
 
     Args:
         rows: (n, w) float16 or bfloat16, w a multiple of `BLOCK_WIDTH`.
+        chosen: (m,) int64, the numbers of the rows that are searched; None for all, m = n.
         centroids: (K', w), the centroids times -2, padded to a multiple of `BLOCK_COLUMNS`.
         norms: (K',) float32, what is added to the products; `NO_CENTROID` for padding.
         lengths, squares: |x|^2 (n,) and |c|^2 (K',), float32.
         limits: a score above the lowest by limits[0] |x|^2 + limits[1] |c|^2 + limits[2] cannot be the nearest's.
+        unit: what a score of 1 is in the units of squared distances.
 
     Returns:
-        best (n,) int32, runner-up (n,) int32, status (n,) int8.
+        best (m,) int32, runner-up (m,) int32, status (m,) int8: 0, 1 or 2+ others; and (m,) float32 each, below the distances
+        to all centroids, and to all but `best`.
     """
-    n = len(rows)
-    best, runner_up = (torch.empty(n, dtype=torch.int32, device=rows.device) for _ in range(2))
-    status = torch.empty(n, dtype=torch.int8, device=rows.device)
+    m = len(rows) if chosen is None else len(chosen)
+    best, runner_up = (torch.empty(m, dtype=torch.int32, device=rows.device) for _ in range(2))
+    status = torch.empty(m, dtype=torch.int8, device=rows.device)
+    nearest_bound, next_bound = (torch.empty(m, device=rows.device) for _ in range(2))
+    if not m:
+        return best, runner_up, status, nearest_bound, next_bound
     wide = rows.shape[1] > _WIDE
-    _best_two_kernel[(triton.cdiv(n, _BLOCK_ROWS),)](
-        rows, centroids, norms, lengths, squares, best, runner_up, status, n, len(centroids), *limits,
-        WIDTH=rows.shape[1], ROWS=_BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS if wide else BLOCK_COLUMNS // 2, INNER=BLOCK_WIDTH,
-        num_warps=8 if wide else 4, num_stages=4 if wide else 3,
+    _best_two_kernel[(triton.cdiv(m, _BLOCK_ROWS),)](
+        rows, status if chosen is None else chosen, centroids, norms, lengths, squares, best, runner_up, status,
+        nearest_bound, next_bound, m, len(centroids), *limits, length_share(rows.shape[1]), unit,
+        ALL=chosen is None, WIDTH=rows.shape[1], ROWS=_BLOCK_ROWS, COLUMNS=BLOCK_COLUMNS if wide else BLOCK_COLUMNS // 2,
+        INNER=BLOCK_WIDTH, num_warps=8 if wide else 4, num_stages=4 if wide else 3,
     )  # fmt: skip
-    return best, runner_up, status
+    return best, runner_up, status, nearest_bound, next_bound
+
+
+def length_share(width: int) -> float:
+    """What part of a float32 |x|^2 is certainly not more than |x|^2, by the errors of a sum in any order."""
+    return 1.0 - (width + 16) * 2.0**-23
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _own_kernel(  # type: ignore[no-untyped-def]
+    rows, centroids, lengths, squares, labels, drift, upper, n, growth, slack, absolute, inverse,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    numbers = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    inside = numbers < n
+    label = tl.load(labels + numbers, mask=inside, other=0).to(tl.int64)
+    unknown = tl.load(upper + numbers, mask=inside, other=0.0) > 1e30
+    needed = inside & (unknown | (tl.load(drift + label, mask=inside, other=0.0) > 0))
+    total = tl.zeros((ROWS, INNER), tl.float32)
+    for first in range(0, WIDTH, INNER):
+        at = first + tl.arange(0, INNER)
+        x = tl.load(rows + numbers[:, None] * WIDTH + at[None, :], mask=needed[:, None], other=0.0).to(tl.float32)
+        c = tl.load(centroids + label[:, None] * WIDTH + at[None, :], mask=needed[:, None], other=0.0).to(tl.float32)
+        difference = x + 0.5 * c
+        total += difference * difference
+    distance = tl.sqrt(tl.sum(total, axis=1)) * inverse * growth
+    lengths_of_both = tl.sqrt(tl.load(lengths + numbers, mask=needed, other=0.0)) + tl.sqrt(
+        tl.load(squares + label, mask=needed, other=0.0)
+    )
+    tl.store(upper + numbers, distance + slack * lengths_of_both + absolute, mask=needed)
+
+
+def own_distances(
+    rows: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    squares: Tensor,
+    labels: Tensor,
+    drift: Tensor,
+    upper: Tensor,
+    errors: tuple[float, float, float],
+    scale: float,
+) -> None:
+    """Set `upper` (n,) float32 to upper bounds of the distances of rows to their centroids, where it is > 1e30 or that moved.
+
+    Args:
+        rows, centroids, lengths, squares: as for `best_two`.
+        labels: (n,) int32; drift: (K,) float32, how far each centroid moved.
+        errors: relative error of a distance in float32, relative one of rows and centroids, and an absolute one.
+        scale: what a distance of 1 is in the units of `rows`.
+    """
+    growth, slack, absolute = errors
+    _own_kernel[(triton.cdiv(len(rows), _OWN_ROWS),)](
+        rows, centroids, lengths, squares, labels, drift, upper, len(rows), 1.0 + growth, slack, absolute, 1.0 / scale,
+        WIDTH=rows.shape[1], ROWS=_OWN_ROWS, INNER=BLOCK_WIDTH, num_warps=4,
+    )  # fmt: skip
+
+
+@triton.jit
+def _whole(value):  # type: ignore[no-untyped-def]
+    """The nearest whole number of a float64, half to even."""
+    return tl.where(tl.abs(value) < 2e15, (value + 6755399441055744.0) - 6755399441055744.0, value)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _centroid_kernel(  # type: ignore[no-untyped-def]
+    old, sums, sizes, words, points, inputs, single, squares, norms, drift,
+    k, width, padded, scale, row_scale, per_square, norm_scale, MEANS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    number = tl.program_id(0).to(tl.int64)
+    exists = number < k
+    low = tl.zeros((BLOCK,), tl.int64)
+    near, square, moved = tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64), tl.zeros((BLOCK,), tl.float64)
+    if MEANS:
+        size = tl.load(sizes + number, mask=exists, other=0.0)
+    for start in range(0, padded, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        inside = exists & (at < width)
+        point = tl.load(old + number * width + at, mask=inside, other=0)
+        if MEANS:
+            sum_of = tl.load(sums + number * width + at, mask=inside, other=0.0) * scale
+            crossed = 2 * sum_of.to(tl.int64) - size.to(tl.int64) * point
+            low += point * crossed
+            near += point.to(tl.float64) * crossed.to(tl.float64)
+            mean = _whole(sum_of / tl.maximum(size, 1.0)).to(tl.int64)
+            before = point
+            point = tl.where(size > 0, mean, point)
+            step = (point - before).to(tl.float64)
+            moved += step * step
+            tl.store(points + number * width + at, point, mask=inside)
+        scaled = point.to(tl.float64) / scale
+        square += scaled * scaled
+        tl.store(single + number * width + at, scaled.to(tl.float32), mask=inside)
+        turned = (scaled * (-2.0 * row_scale)).to(tl.float32).to(inputs.dtype.element_ty)
+        tl.store(inputs + number * padded + at, turned, mask=at < padded)
+    total = tl.sum(square, axis=0)
+    tl.store(squares + number, total.to(tl.float32))
+    tl.store(norms + number, tl.where(exists, total * per_square * norm_scale, 1e37).to(tl.float32))
+    if MEANS:
+        word, approximate = tl.sum(low, axis=0), tl.sum(near, axis=0)
+        unsigned = word.to(tl.float64) + tl.where(word < 0, 18446744073709551616.0, 0.0)
+        high = _whole((approximate - unsigned) / 18446744073709551616.0).to(tl.int64)
+        tl.store(words + number, high, mask=exists)
+        tl.store(words + k + number, word, mask=exists)
+        tl.store(words + 2 * k + number, size.to(tl.int64), mask=exists)
+        distance = tl.sqrt(tl.sum(moved, axis=0)) / scale * 1.000001
+        tl.store(drift + number, distance.to(tl.float32), mask=exists)
+
+
+def centroids(
+    points: Tensor, sums: Tensor | None, sizes: Tensor | None, bits: int, padded: int, dtype: torch.dtype,
+    row_scale: float, per_square: float, words: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """New centroids, which are the means of clusters, and what a search among them takes; of `points` themselves without sums.
+
+    Args:
+        points: (K, d) int64, the old centroids; an empty cluster keeps its own.
+        sums, sizes: (K, d) and (K,) float64.
+        bits: of the grid.
+        padded, dtype, row_scale: w, type of the inputs, and their scale.
+        per_square: the part of |c|^2 that is added to a score.
+        words: (3 K,) int64 or longer, for high and low words of the inner products of `points` and 2 S - n C, and the sizes.
+
+    Returns:
+        points (K, d) int64, inputs (K', w), single (K, d) float32, squares (K',), norms (K',) and drift (K,), float32: how far
+        each centroid moved, rounded up.
+    """
+    (k, width), device = points.shape, points.device
+    rows = triton.cdiv(k, BLOCK_COLUMNS) * BLOCK_COLUMNS
+    means = sums is not None
+    found = torch.empty_like(points) if means else points
+    inputs = torch.empty(rows, padded, dtype=dtype, device=device)
+    single = torch.empty(k, width, device=device)
+    squares, norms, drift = (torch.empty(rows, device=device) for _ in range(3))
+    _centroid_kernel[(rows,)](
+        points, sums if means else single, sizes if means else single, words if means else found, found,
+        inputs, single, squares, norms, drift, k, width, padded, 2.0**bits, row_scale, per_square, row_scale**2,
+        MEANS=means, BLOCK=min(1024, triton.next_power_of_2(padded)), num_warps=4,
+    )  # fmt: skip
+    return found, inputs, single, squares, norms, drift[:k]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -130,7 +292,7 @@ def _nearer_kernel(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     place = tl.program_id(0)
     row = tl.load(chosen + place).to(tl.int64)
-    a, b = tl.load(one + row).to(tl.int64), tl.load(other + row).to(tl.int64)
+    a, b = tl.load(one + place).to(tl.int64), tl.load(other + place).to(tl.int64)
     found = _nearer_of(rows + row * width, points + a * width, points + b * width, a, b, width, scale, BLOCK)
     tl.store(nearer + place, found.to(tl.int32))
 
@@ -141,7 +303,7 @@ def nearer(rows: Tensor, points: Tensor, chosen: Tensor, one: Tensor, other: Ten
     Args:
         rows: (n, d) float32, multiples of 2**-bits.
         points: (K, d) int64.
-        one, other: (n,) int32, numbers of centroids.
+        one, other: (m,) int32, numbers of centroids.
     """
     found = torch.empty(len(chosen), dtype=torch.int32, device=rows.device)
     if len(chosen):
@@ -153,12 +315,13 @@ def nearer(rows: Tensor, points: Tensor, chosen: Tensor, one: Tensor, other: Ten
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _decide_kernel(  # type: ignore[no-untyped-def]
-    rows, points, single, squares, lengths, status, best, runner_up, k, width, scale, per_length, error,
+    rows, points, single, squares, lengths, status, best, runner_up, count, k, width, scale, per_length, error,
     BLOCK: tl.constexpr, COLUMNS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     unclear = tl.load(status + row)
     if unclear > 0:
+        tl.atomic_add(count, 1, sem="relaxed")
         row_at = rows + row * width
         a, b = tl.load(best + row).to(tl.int64), tl.load(runner_up + row).to(tl.int64)
         a = _nearer_of(row_at, points + a * width, points + b * width, a, b, width, scale, BLOCK)
@@ -203,6 +366,7 @@ def decide(
     status: Tensor,
     best: Tensor,
     runner_up: Tensor,
+    count: Tensor,
     bits: int,
 ) -> None:
     """Replace `best` (n,) by the exact nearest centroid, in place, for rows of which `best_two` left that open.
@@ -212,11 +376,13 @@ def decide(
     Args:
         rows: (n, d) float32; points: (K, d) int64; single: (K, d), the points in the units of rows, float32.
         squares, lengths, status, best, runner_up: as for `best_two`.
+        count: (1,) int64, to which the number of these rows is added.
     """
     width = rows.shape[1]
     terms = (width + 16) * 2.0**-23
     _decide_kernel[(len(rows),)](
-        rows, points, single, squares, lengths, status, best, runner_up, len(points), width, 2.0**bits, 1.0 + 2.0**-10, terms,
+        rows, points, single, squares, lengths, status, best, runner_up, count, len(points), width,
+        2.0**bits, 1.0 + 2.0**-10, terms,
         BLOCK=min(1024, triton.next_power_of_2(width)), COLUMNS=32, INNER=min(128, triton.next_power_of_2(width)), num_warps=4,
     )  # fmt: skip
 
@@ -253,7 +419,7 @@ def move(rows: Tensor, old: Tensor, new: Tensor, sums: Tensor, sizes: Tensor, mo
     )
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["count"])  # type: ignore[untyped-decorator]
 def _sum_kernel(  # type: ignore[no-untyped-def]
     rows, entries, labels, signs, sums, sizes, count, width, ENTRIES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip

@@ -16,8 +16,8 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,9 @@ _SCORES = 1 << 24  # float64 scores at a time in the exact decision among all ce
 _VALUES = 1 << 22  # values at a time in other computations in float64 and int64
 _WORK_BYTES = 512 << 20  # of the budget, for what is computed from the rows
 _READERS = max(4, min(12, (os.cpu_count() or 1) // 2))  # threads that read and round shards
+_UNKNOWN = 2e30  # an upper bound that says nothing
+_MOST_FAST = 2  # at most one in so many centroids is compared with rows whose other distances are bounded
+_WORTHWHILE = 0.85  # of a whole search, at most, for bounds to be used
 _AHEAD = 8  # iterations that are launched before the host reads what became of them, where the problem is small
 _SMALL_ROWS, _SMALL_CENTROIDS, _SMALL_PAIRS = 1 << 18, 1 << 21, 1 << 28  # rows, values of centroids, and pairs of both
 
@@ -69,17 +72,55 @@ class _Candidates:
 
     Attributes:
         points: (K, d) int64.
-        wide, wide_squares: (K, d) and |c|^2 (K,) float64, in the units of rows.
         inputs, norms, squares, limits: for the product (see `gpu_kernels.best_two`).
+        single: (K, d) float32, in the units of rows.
+        drift: (K,) float32, how far each has moved since the search before, rounded up; None if there was none.
+        bits: of the grid.
     """
 
     points: Tensor
-    wide: Tensor
-    wide_squares: Tensor
     inputs: Tensor
     norms: Tensor
     squares: Tensor
     limits: tuple[float, float, float]
+    single: Tensor
+    drift: Tensor | None
+    bits: int
+
+    def some(self, numbers: Tensor) -> _Candidates:
+        """Some of them for the product, as many as it takes at a time or a multiple."""
+        parts = (self.inputs[numbers], self.norms[numbers], self.squares[numbers])
+        return replace(self, inputs=parts[0], norms=parts[1], squares=parts[2])
+
+    @cached_property
+    def wide(self) -> Tensor:
+        """(K, d) float64, in the units of rows."""
+        return self.points.to(torch.float64) * 2.0**-self.bits
+
+    @cached_property
+    def wide_squares(self) -> Tensor:
+        """|c|^2 (K,) float64."""
+        return self.wide.square().sum(dim=1)
+
+
+@dataclass
+class _Known:
+    """What is known of the rows of a piece.
+
+    Attributes:
+        labels: (n,) int32; -1 before the first search.
+        upper: (n,) float32, not below the distance of a row to its centroid; `_UNKNOWN` if that has not been computed.
+        lower: (n,) float32, not above its distances to all other centroids.
+    """
+
+    labels: Tensor
+    upper: Tensor
+    lower: Tensor
+
+    @classmethod
+    def nothing(cls, count: int, device: torch.device) -> _Known:
+        labels = torch.full((count,), -1, dtype=torch.int32, device=device)
+        return cls(labels, torch.full((count,), _UNKNOWN, device=device), torch.zeros(count, device=device))
 
 
 @dataclass(frozen=True)
@@ -146,56 +187,50 @@ def _iterate_singly(
     keep: Keep | None,
 ) -> Found:
     device, total = engine.device, sum(engine.piece_counts)
-    points = torch.from_numpy(initial).to(device)
-    k = len(points)
-    sums = torch.zeros(points.shape, dtype=torch.float64, device=device)
-    labels = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in engine.piece_counts]
+    k = len(initial)
+    sums = torch.zeros(initial.shape, dtype=torch.float64, device=device)
+    known = [_Known.nothing(n, device) for n in engine.piece_counts]
     sizes = torch.zeros(k, dtype=torch.float64, device=device)
+    words = torch.zeros(3 * k, dtype=torch.int64, device=device)
+    points = initial
     squares: int | None = None
     inertia: list[float] = []
     empty: list[int] = []
     updates, searched, unclear = 0, 0, 0
     if start:
-        points = torch.from_numpy(start["points"]).to(device)
+        points = start["points"]
         inertia, empty, searched, unclear = list(start["inertia"]), list(start["empty"]), start["searched"], start["unclear"]
         updates = len(inertia)
-        engine.label(torch.from_numpy(start["previous"]).to(device), labels, sums, sizes)
+        engine.label(engine.candidates(torch.from_numpy(start["previous"]).to(device)), known, sums, sizes)
+    candidates = engine.candidates(torch.from_numpy(points).to(device))
     while True:
-        candidates = engine.candidates(points)
         relabelled, added = 0, 0
         for index, piece in engine.pieces():
-            new, again = engine.assign(piece, candidates)
-            relabelled += engine.update(sums, sizes, piece, labels[index], new)
-            labels[index], unclear = new, unclear + again
+            old = known[index].labels
+            unclear += engine.assign(piece, candidates, known[index])
+            relabelled += engine.update(sums, sizes, piece, old, known[index].labels)
             if squares is None:
                 added += _sum_of_squares(piece.rows, of_rows.bits)
         squares, searched = added if squares is None else squares, searched + total
-        crossed = 2 * (sums * 2.0**of_rows.bits).to(torch.int64) - sizes.to(torch.int64)[:, None] * points
-        high, low, is_empty = torch.stack([*_inner_products(points, crossed), (sizes == 0).to(torch.int64)]).cpu().numpy()
+        following = engine.following(candidates, sums, sizes, words)
+        high, low, whole_sizes = words.cpu().numpy().reshape(3, k)
         inertia.append((squares - grid.total_of((high, low.view(np.uint64)))) / total * of_rows.square)
-        empty.append(int(is_empty.sum()))
+        empty.append(int((whole_sizes == 0).sum()))
         if on_iteration:
             on_iteration(updates, inertia[-1])
         converged = updates > 0 and not empty[-1] and not relabelled
         if converged or updates == iterations:
             break
-        filled_sums, filled_sizes = sums, sizes
         if empty[-1]:
-            filled_sums, filled_sizes = engine.repaired(sums, sizes, candidates, labels, repairs)
-        before, points = points, _means(filled_sums, filled_sizes, points, of_rows.bits)
+            filled_sums, filled_sizes = engine.repaired(sums, sizes, candidates, known, repairs)
+            following = engine.following(candidates, filled_sums, filled_sizes, words)
+        before, candidates = candidates.points, following
         updates += 1
         if keep:
             said = {"inertia": tuple(inertia), "empty": tuple(empty), "searched": searched, "unclear": unclear}
-            keep(updates, partial(_state, points, before, said))
-    whole_sizes = sizes.to(torch.int64).cpu().numpy()
+            keep(updates, partial(_state, candidates.points, before, said))
     again_share = unclear / searched
-    return Found(points.cpu().numpy(), tuple(inertia), tuple(empty), whole_sizes, converged, again_share)
-
-
-def _means(sums: Tensor, sizes: Tensor, points: Tensor, bits: int) -> Tensor:
-    """The new centroids (K, d) on the grid; an empty cluster keeps its old one."""
-    means = torch.round(sums * 2.0**bits / sizes.clamp(min=1)[:, None]).to(torch.int64)
-    return torch.where((sizes > 0)[:, None], means, points)
+    return Found(candidates.points.cpu().numpy(), tuple(inertia), tuple(empty), whole_sizes.copy(), converged, again_share)
 
 
 def _iterate_ahead(
@@ -206,16 +241,16 @@ def _iterate_ahead(
     on_iteration: OnIteration | None,
     keep: Keep | None,
 ) -> Found | dict[str, Any]:
-    """As `iterate`, several iterations at a time without waiting for the device, as one CUDA graph each.
+    """As `iterate`, several iterations at a time without waiting for the device.
 
     Iterations after the last one change nothing, so it does no harm that they have begun. If a cluster becomes empty, the
     iterations after it do not count: returned is the state before it, from which `iterate` goes on; nothing for the first one.
     """
-    ahead = _Ahead(engine, torch.from_numpy(initial).to(engine.device, copy=True))
+    ahead = _Ahead(engine, torch.from_numpy(initial).to(engine.device))
     squares, total = _sum_of_squares(ahead.piece.rows, of_rows.bits), sum(engine.piece_counts)
     inertia: list[float] = []
     unclear = 0
-    before = ahead.points.clone()  # the centroids of the last iteration that counts
+    before = ahead.candidates.points  # the centroids of the last iteration that counts
 
     def said() -> dict[str, Any]:
         made = len(inertia)
@@ -223,8 +258,7 @@ def _iterate_ahead(
 
     while True:
         number = min(_AHEAD, iterations + 1 - len(inertia)) if inertia else 1  # the first compiles the kernels
-        for place, (high, low, sizes, (moved, again)) in enumerate(ahead.run(number)):
-            points = ahead.all_points[place]
+        for points, high, low, sizes, (moved, again) in ahead.run(number):
             if not sizes.all():
                 return _state(points, before, said()) if inertia else {}
             unclear += int(again)
@@ -236,71 +270,44 @@ def _iterate_ahead(
                 share = unclear / (total * len(inertia))
                 return Found(points.cpu().numpy(), tuple(inertia), (0,) * len(inertia), sizes, converged, share)
             before = points
-        before = before.clone()  # the next iterations are written where these were
         if keep:
-            keep(len(inertia), partial(_state, ahead.points, before, said()))
+            keep(len(inertia), partial(_state, ahead.candidates.points, before, said()))
 
 
 class _Ahead:
     """Iterations whose launches depend on nothing that the host would have to read, and what each of them found."""
 
     def __init__(self, engine: _Engine, points: Tensor) -> None:
-        self.engine, self.points = engine, points
+        self.engine = engine
         _, self.piece = next(iter(engine.pieces()))
-        device, (k, width) = engine.device, points.shape
+        device = engine.device
         self.labels = torch.full((len(self.piece.rows),), -1, dtype=torch.int32, device=device)
-        self.sums = torch.zeros(k, width, dtype=torch.float64, device=device)
-        self.sizes = torch.zeros(k, dtype=torch.float64, device=device)
-        self.moved, self.slot = (torch.zeros(1, dtype=torch.int64, device=device) for _ in range(2))
-        self.all_points = torch.zeros(_AHEAD, k, width, dtype=torch.int64, device=device)
-        # Of each iteration two words of inner products, sizes, and how many rows moved and were unclear (see `run`).
-        self.found = torch.zeros(_AHEAD, 3 * k + 2, dtype=torch.int64, device=device)
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.sums = torch.zeros(points.shape, dtype=torch.float64, device=device)
+        self.sizes = torch.zeros(len(points), dtype=torch.float64, device=device)
+        self.candidates = engine.candidates(points)
 
-    def run(self, number: int) -> Iterator[tuple[NDArray[np.int64], ...]]:
-        """Of each of the next iterations: two words of the inner products of centroids and sums, and sizes, (K,) each; how many
-        rows changed their label, and how many were unclear, (2,). Its centroids are in `all_points`."""
-        self.slot.zero_()
-        if self.engine.device.type == "cuda" and number > 1 and self._graph is None:
-            self._graph = self._captured()
-        for _ in range(number):
-            if self._graph is None:
-                self._iterate()
-            else:
-                self._graph.replay()
-        k = len(self.points)
-        for row in self.found[:number].cpu().numpy():
-            yield row[:k], row[k : 2 * k], row[2 * k : 3 * k], row[3 * k :]
+    def run(self, number: int) -> Iterator[tuple[Any, ...]]:
+        """Of each of the next iterations: its centroids; two words of the inner products of centroids and sums, and sizes, (K,)
+        each; how many rows changed their label, and how many were unclear, (2,)."""
+        k = len(self.sizes)
+        words = torch.zeros(number, 3 * k + k % 2, dtype=torch.int64, device=self.engine.device)
+        counts = torch.zeros(number, 2, 2, dtype=torch.int64, device=self.engine.device)  # aligned, for the compiler
+        points = [self._iterate(row, count[0, :1], count[1, :1]) for row, count in zip(words, counts, strict=True)]
+        for made, row, count in zip(points, words.cpu().numpy(), counts[:, :, 0].cpu().numpy(), strict=True):
+            yield made, row[:k], row[k : 2 * k], row[2 * k : 3 * k], count
 
-    def _captured(self) -> torch.cuda.CUDAGraph:
-        """One iteration as a graph; PyTorch's own context for it would empty the cache of memory first."""
-        graph, outer, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream(), torch.cuda.Stream(self.engine.device)
-        stream.wait_stream(outer)
-        with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")  # other threads may go on using the device
-            try:
-                self._iterate()
-            finally:
-                graph.capture_end()
-        outer.wait_stream(stream)
-        return graph
-
-    def _iterate(self) -> None:
-        engine, piece, points = self.engine, self.piece, self.points
-        candidates, scale = engine.candidates(points), 2.0**engine.bits
-        labels, other, status = engine.best_two(piece, candidates)
-        single, squares = candidates.wide.to(torch.float32), candidates.wide_squares.to(torch.float32)
+    def _iterate(self, words: Tensor, moved: Tensor, unclear: Tensor) -> Tensor:
+        """One iteration, whose results are written; returns the centroids before it."""
+        engine, piece, candidates = self.engine, self.piece, self.candidates
+        labels, other, status, _, _ = engine.best_two(piece, candidates)
         decide, move = (engine.kernels.decide, engine.kernels.move) if engine.kernels else (_decide, _move)
-        decide(piece.rows, points, single, squares, piece.lengths, status, labels, other, engine.bits)
-        self.moved.zero_()
-        move(piece.rows, self.labels, labels, self.sums, self.sizes, self.moved)
-        sizes = self.sizes.to(torch.int64)
-        words = _inner_products(points, 2 * (self.sums * scale).to(torch.int64) - sizes[:, None] * points)
-        unclear = (status > 0).sum(dtype=torch.int64)
-        self.all_points.index_copy_(0, self.slot, points[None])
-        self.found.index_copy_(0, self.slot, torch.cat([*words, sizes, self.moved, unclear[None]])[None])
-        self.slot += 1
-        points.copy_(_means(self.sums, self.sizes, points, engine.bits))
+        decide(
+            piece.rows, candidates.points, candidates.single, candidates.squares, piece.lengths, status, labels, other, unclear,
+            engine.bits,
+        )  # fmt: skip
+        move(piece.rows, self.labels, labels, self.sums, self.sizes, moved)
+        self.candidates = engine.following(candidates, self.sums, self.sizes, words)
+        return candidates.points
 
 
 def _state(points: Tensor, previous: Tensor, said: dict[str, Any]) -> dict[str, Any]:
@@ -338,6 +345,7 @@ class _Engine:
         self._room = free - per_row * (_AT_ONCE * max(self.piece_counts) if pieces > 1 else 0)
         self._per_row = per_row
         self._ratio: float | None = None
+        self._pause = self._waited = 0  # searches of whole pieces until bounds are tried again, and those before the last try
 
     def pieces(self) -> Iterator[tuple[int, _Piece]]:
         """All pieces, one after the other; those that do not stay on the device are read ahead by one."""
@@ -379,27 +387,33 @@ class _Engine:
         return _Piece(rows, inputs, lengths)
 
     def candidates(self, points: Tensor) -> _Candidates:
-        """The centroids for the product, and the limits of the error of their scores."""
-        k, scaled = len(points), points.to(torch.float64) * 2.0**-self.bits
-        padded = -(-k // 256) * 256
-        inputs = torch.zeros(padded, self.padded, dtype=self.dtype, device=self.device)
-        inputs[:k, : self.width] = (scaled * (-2 * _SCALE)).to(torch.float32).to(self.dtype)
-        squares = scaled.square().sum(dim=1)
-        norms = torch.full((padded,), 1e37, dtype=torch.float64, device=self.device)
+        """Centroids for the product, of which nothing is known."""
+        return replace(self._candidates(points, None, None, None), drift=None)
+
+    def following(self, candidates: _Candidates, sums: Tensor, sizes: Tensor, words: Tensor) -> _Candidates:
+        """The means of the clusters; an empty one keeps its centroid.
+
+        Args:
+            words: (3 K,) int64, set to the high and low words of the inner products of the centroids before and 2 S - n C, of
+                which inertia is made, and to the sizes.
+        """
+        return self._candidates(candidates.points, sums, sizes, words)
+
+    def _candidates(self, points: Tensor, sums: Tensor | None, sizes: Tensor | None, words: Tensor | None) -> _Candidates:
         product, norm = self._errors()
         # About |c| / |x|: 2 |x| |c| <= ratio |x|^2 + |c|^2 / ratio for any ratio, with equality at this one.
         if self._ratio is None and self._kept:
             lengths = next(iter(self._kept.values())).lengths
-            quotient = float(squares.mean()) / max(float(lengths.mean()), 1e-30)
-            self._ratio = min(max(math.sqrt(quotient), 2.0**-10), 2.0**10)
+            square = (points.to(torch.float64) * 2.0**-self.bits).square().sum(dim=1).mean()
+            self._ratio = min(max(math.sqrt(float(square / lengths.mean().clamp(min=1e-30))), 2.0**-10), 2.0**10)
         ratio = self._ratio or 1.0
-        norms[:k] = squares * (1 - norm - product / ratio) * _SCALE**2
-        of_squares = torch.zeros(padded, dtype=torch.float64, device=self.device)
-        of_squares[:k] = squares
         more = (1 + 2.0**-10) * _SCALE**2
         limits = (2 * product * ratio * more, 2 * (product / ratio + norm) * more, _ABSOLUTE * more)
-        single = of_squares.to(torch.float32)
-        return _Candidates(points, scaled, squares, inputs, norms.to(torch.float32), single, limits)
+        make = self.kernels.centroids if self.kernels else _centroids
+        per_square = 1 - norm - product / ratio
+        made = make(points, sums, sizes, self.bits, self.padded, self.dtype, _SCALE, per_square, words)
+        found, inputs, single, squares, norms, drift = made
+        return _Candidates(found, inputs, norms, squares, limits, single, drift, self.bits)
 
     def _errors(self) -> tuple[float, float]:
         """Bounds (p, q): the error of a score is at most 2 p |x| |c| + q |c|^2 and an absolute term."""
@@ -407,25 +421,84 @@ class _Engine:
         product = 2 * rounding + rounding**2 + (self.width + 32) * 2.0**-22 + 2.0**-14
         return product, 2.0**-13
 
-    def assign(self, piece: _Piece, candidates: _Candidates) -> tuple[Tensor, int]:
-        """The labels (n,) int32 of a piece, and how many of its rows were decided again."""
-        points = candidates.points
-        labels, other, status = self.best_two(piece, candidates)
+    def assign(self, piece: _Piece, candidates: _Candidates, known: _Known) -> int:
+        """Replace what is known of a piece by what holds for these candidates; returns how many rows were decided again.
+
+        Rows whose bounds prove that their label stays are not searched for (Hamerly, Making k-means even faster, SDM 2010).
+        """
+        chosen = self._open(piece, candidates, known)
+        best, other, status, nearest, following = self.best_two(piece, candidates, chosen)
         unclear = torch.nonzero(status)[:, 0]
         several = unclear[status[unclear] > 1]
         nearer = self.kernels.nearer if self.kernels else _nearer
-        labels[unclear] = nearer(piece.rows, points, unclear, labels, other, self.bits)
-        step = max(1, _SCORES // max(1, len(points)))
+        lower = torch.where(status > 0, nearest, following)
+        rows = unclear if chosen is None else chosen[unclear]
+        best[unclear] = nearer(piece.rows, candidates.points, rows, best[unclear], other[unclear], self.bits)
+        step = max(1, _SCORES // max(1, len(candidates.points)))
         for start in range(0, len(several), step):
             part = several[start : start + step]
-            labels[part] = _nearest_of_all(piece.rows[part], candidates, self.bits)
-        return labels, len(unclear)
+            best[part] = _nearest_of_all(piece.rows[part if chosen is None else chosen[part]], candidates, self.bits)
+        if chosen is None:
+            known.labels, known.lower = best, lower
+            known.upper.fill_(_UNKNOWN)
+        else:
+            known.labels = known.labels.clone()
+            known.labels[chosen], known.lower[chosen], known.upper[chosen] = best, lower, _UNKNOWN
+        return len(unclear)
 
-    def best_two(self, piece: _Piece, candidates: _Candidates) -> tuple[Tensor, Tensor, Tensor]:
+    def _open(self, piece: _Piece, candidates: _Candidates, known: _Known) -> Tensor | None:
+        """Numbers (m,) of the rows whose label may change; None for all. Bounds are changed so that they hold for `candidates`.
+
+        The centroids that moved most, the fast ones, are searched for each row that is not certain already; the others move by
+        no more than the slowest of the fast. How many are fast is what promises the shortest search.
+        """
+        k, drift = len(candidates.points), candidates.drift
+        if drift is None:
+            return None
+        if self._pause > 0:
+            self._pause -= 1
+            return None
+        self.own_distances(piece, candidates, known)
+        slowest, order = drift.sort(descending=True)
+        numbers = [0, *(256 << power for power in range(16) if _MOST_FAST * (256 << power) <= k)]
+        gaps = known.lower - known.upper
+        left = (gaps[:, None] <= slowest[torch.tensor(numbers, device=drift.device)]).sum(dim=0).cpu().numpy()
+        costs = left / len(gaps) + (1 - left / len(gaps)) * np.array(numbers) / k
+        if costs.min() > _WORTHWHILE:
+            self._waited = self._pause = min(2 * self._waited + 1, 7)
+            return None
+        self._waited = 0
+        fast = numbers[int(costs.argmin())]
+        known.lower = (known.lower - slowest[fast]) * (1 - 2.0**-20)
+        if fast:
+            certain, numbers_of = torch.nonzero(known.upper < known.lower)[:, 0], order[:fast]
+            best, _, _, nearest, following = self.best_two(piece, candidates.some(numbers_of), certain)
+            others = torch.where(numbers_of[best.long()] == known.labels[certain], following, nearest)
+            known.lower[certain] = torch.minimum(known.lower[certain], others)
+        return torch.nonzero(~(known.upper < known.lower))[:, 0]
+
+    def own_distances(self, piece: _Piece, candidates: _Candidates, known: _Known) -> None:
+        """Compute the upper bounds that are unknown, and those of rows whose centroid has moved."""
+        drift = torch.zeros_like(candidates.squares) if candidates.drift is None else candidates.drift
+        measure = self.kernels.own_distances if self.kernels else _own_distances
+        lengths, squares = piece.lengths, candidates.squares
+        measure(piece.inputs, candidates.inputs, lengths, squares, known.labels, drift, known.upper, self._own_errors(), _SCALE)
+
+    def _own_errors(self) -> tuple[float, float, float]:
+        """Errors of the distance of a row and a centroid whose inputs were rounded: relative, of both lengths, and absolute."""
+        return (self.width + 32) * 2.0**-23, self.rounding * (1 + 2.0**-6), math.sqrt(self.width) * 2.0**-38
+
+    def best_two(
+        self, piece: _Piece, candidates: _Candidates, chosen: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """See `gpu_kernels.best_two`."""
-        arguments = (piece.inputs, candidates.inputs, candidates.norms, piece.lengths, candidates.squares, candidates.limits)
+        found: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+        arguments = (
+            piece.inputs, chosen, candidates.inputs, candidates.norms, piece.lengths, candidates.squares, candidates.limits,
+            _SCALE**-2,
+        )  # fmt: skip
         if self.kernels and self.dtype != torch.float32:
-            found: tuple[Tensor, Tensor, Tensor] = self.kernels.best_two(*arguments)
+            found = self.kernels.best_two(*arguments)
             return found
         return _best_two(*arguments, tf32=self.tf32)
 
@@ -436,13 +509,12 @@ class _Engine:
             len(self._groups) == 1 and rows <= _SMALL_ROWS and k * self.width <= _SMALL_CENTROIDS and rows * k <= _SMALL_PAIRS
         )
 
-    def label(self, points: Tensor, labels: list[Tensor], sums: Tensor, sizes: Tensor) -> None:
+    def label(self, candidates: _Candidates, known: list[_Known], sums: Tensor, sizes: Tensor) -> None:
         """Set the labels of all rows for these centroids, and add the rows to sums and sizes, which are zero."""
-        candidates = self.candidates(points)
         for index, piece in self.pieces():
-            new, _ = self.assign(piece, candidates)
-            self.update(sums, sizes, piece, labels[index], new)
-            labels[index] = new
+            old = known[index].labels
+            self.assign(piece, candidates, known[index])
+            self.update(sums, sizes, piece, old, known[index].labels)
 
     def update(self, sums: Tensor, sizes: Tensor, piece: _Piece, old: Tensor, new: Tensor) -> int:
         """Move the rows that changed their label between sums and sizes, in place; returns their number."""
@@ -457,7 +529,7 @@ class _Engine:
         return len(changed)
 
     def repaired(
-        self, sums: Tensor, sizes: Tensor, candidates: _Candidates, labels: list[Tensor], repairs: Repairs
+        self, sums: Tensor, sizes: Tensor, candidates: _Candidates, known: list[_Known], repairs: Repairs
     ) -> tuple[Tensor, Tensor]:
         """Copies of sums and sizes after empty clusters have taken over the farthest rows (see `kmeans.fit`)."""
         sums, sizes = sums.clone(), sizes.clone()
@@ -465,7 +537,9 @@ class _Engine:
         count = int((host_sizes == 0).sum())
         found: list[tuple[int, int, Any]] = []
         for index, piece in self.pieces():
-            found += _farthest_distinct(piece.rows, candidates, labels[index], sizes, count, self.bits)
+            known[index].upper.fill_(_UNKNOWN)
+            self.own_distances(piece, candidates, known[index])
+            found += self._farthest_distinct(piece, candidates, known[index], sizes, count)
         for donor, recipient, row in repairs(host_sizes, found):
             moved = torch.from_numpy(row).to(self.device, torch.float64)
             sums[donor] -= moved
@@ -473,6 +547,44 @@ class _Engine:
             sizes[donor] -= 1
             sizes[recipient] += 1
         return sums, sizes
+
+    def _farthest_distinct(
+        self, piece: _Piece, candidates: _Candidates, known: _Known, sizes: Tensor, count: int
+    ) -> list[tuple[int, int, Any]]:
+        """Up to `count` distinct rows as (squared distance, label, row), farthest from their centroid first (see `kmeans`).
+
+        Only the farthest by the bounds are sorted by exact squared distances, as long as they hold enough distinct rows.
+
+        Args:
+            known: with upper bounds for all rows.
+        """
+        numbers, rows = known.labels.long(), piece.rows
+        growth, slack, absolute = self._own_errors()
+        widths = slack * (piece.lengths.sqrt() + candidates.squares[numbers].sqrt()) + absolute
+        nearest = ((known.upper - 2.01 * widths) * (1 - 4 * growth)).clamp(min=0)  # lower bounds of the distances
+        alone = sizes[numbers] == 1
+        nearest[alone] = 0
+        found: list[tuple[int, int, Any]] = []
+        for considered in (min(len(rows), 2 * count + 64), len(rows)):
+            least = float(nearest.topk(considered).values[-1])
+            chosen = torch.nonzero((known.upper >= least) & ~alone)[:, 0]
+            high, low = _words(*_squared_distances(rows, candidates.points, chosen, numbers[chosen], self.bits))
+            distances = np.sqrt(grid.as_float((high, low))) * 2.0**-self.bits
+            of_row, label = rows[chosen].cpu().numpy(), numbers[chosen].cpu().numpy()
+            found = []
+            seen: set[bytes] = set()
+            for index in np.lexsort((np.arange(len(high)), ~low, -high)):
+                if len(seen) == count or not distances[index]:
+                    break
+                if distances[index] <= least * (1 + 1e-9) and considered < len(rows):
+                    break  # one of the rows that were left out may be next
+                if (content := of_row[index].tobytes()) not in seen:
+                    seen.add(content)
+                    exact = grid.total_of((high[index : index + 1], low[index : index + 1]))
+                    found.append((exact, int(label[index]), of_row[index]))
+            if len(seen) == count:
+                break
+        return found
 
 
 def _kernels() -> Any:
@@ -490,34 +602,84 @@ def _free_bytes(device: torch.device) -> int:
 
 def _best_two(
     rows: Tensor,
+    chosen: Tensor | None,
     centroids: Tensor,
     norms: Tensor,
     lengths: Tensor,
     squares: Tensor,
     limits: tuple[float, float, float],
+    unit: float,
     tf32: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """As `gpu_kernels.best_two`, by float32 products of the rounded inputs."""
     found, step = [], max(1, _SCORES // len(centroids))
+    share = 1.0 - (rows.shape[1] + 16) * 2.0**-23
     allowed = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
-        for start in range(0, len(rows), step):
-            part = slice(start, start + step)
+        for start in range(0, max(1, len(rows) if chosen is None else len(chosen)), step):
+            part = slice(start, start + step) if chosen is None else chosen[start : start + step]
             scores = torch.addmm(norms, rows[part].float(), centroids.float().T)
-            lowest, numbers = scores.topk(min(3, len(centroids)), dim=1, largest=False)
+            lowest, numbers = scores.topk(3, dim=1, largest=False)
             limit = lowest[:, 0] + limits[0] * lengths[part] + limits[1] * squares[numbers[:, 0]] + limits[2]
             status = (~(lowest[:, 1:] > limit[:, None])).sum(dim=1)
-            found.append((numbers[:, 0].int(), numbers[:, 1].int(), status.to(torch.int8)))
+            below = (lowest[:, :2] - (0.5 * limits[0] * lengths[part] + limits[2])[:, None]) * unit
+            bounds = (below + (lengths[part] * share)[:, None]).clamp(min=0).sqrt() * 0.999999
+            found.append((numbers[:, 0].int(), numbers[:, 1].int(), status.to(torch.int8), bounds[:, 0], bounds[:, 1]))
     finally:
         torch.backends.cuda.matmul.allow_tf32 = allowed
-    best, runner_up, unclear = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return best, runner_up, unclear
+    best, runner_up, unclear, nearest, following = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return best, runner_up, unclear, nearest, following
+
+
+def _own_distances(
+    rows: Tensor,
+    centroids: Tensor,
+    lengths: Tensor,
+    squares: Tensor,
+    labels: Tensor,
+    drift: Tensor,
+    upper: Tensor,
+    errors: tuple[float, float, float],
+    scale: float,
+) -> None:
+    """As `gpu_kernels.own_distances`."""
+    growth, slack, absolute = errors
+    needed = torch.nonzero((upper > 1e30) | (drift[labels] > 0))[:, 0]
+    step = max(1, _VALUES // rows.shape[1])
+    for start in range(0, len(needed), step):
+        part = needed[start : start + step]
+        of_part = labels[part].long()
+        distance = (rows[part].float() + 0.5 * centroids[of_part].float()).square().sum(dim=1).sqrt() / scale * (1 + growth)
+        upper[part] = distance + slack * (lengths[part].sqrt() + squares[of_part].sqrt()) + absolute
+
+
+def _centroids(
+    points: Tensor, sums: Tensor | None, sizes: Tensor | None, bits: int, padded: int, dtype: torch.dtype,
+    row_scale: float, per_square: float, words: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """As `gpu_kernels.centroids`."""
+    (k, width), device, found = points.shape, points.device, points
+    if sums is not None and sizes is not None and words is not None:
+        whole, counts = sums * 2.0**bits, sizes.to(torch.int64)
+        high, low = _inner_products(points, 2 * whole.to(torch.int64) - counts[:, None] * points)
+        words[: 3 * k] = torch.cat([high, low, counts])
+        means = torch.round(whole / sizes.clamp(min=1)[:, None]).to(torch.int64)
+        found = torch.where((sizes > 0)[:, None], means, points)
+    drift = ((found - points).to(torch.float64).square().sum(dim=1).sqrt() * (2.0**-bits * 1.000001)).to(torch.float32)
+    rows, scaled = -(-k // 256) * 256, found.to(torch.float64) * 2.0**-bits
+    inputs = torch.zeros(rows, padded, dtype=dtype, device=device)
+    inputs[:k, :width] = (scaled * (-2 * row_scale)).to(torch.float32).to(dtype)
+    squares = torch.zeros(rows, dtype=torch.float64, device=device)
+    squares[:k] = scaled.square().sum(dim=1)
+    norms = torch.full((rows,), 1e37, device=device)
+    norms[:k] = (squares[:k] * (per_square * row_scale**2)).to(torch.float32)
+    return found, inputs, scaled.to(torch.float32), squares.to(torch.float32), norms, drift
 
 
 def _nearer(rows: Tensor, points: Tensor, chosen: Tensor, one: Tensor, other: Tensor, bits: int) -> Tensor:
     """As `gpu_kernels.nearer`."""
-    numbers = torch.stack([one[chosen], other[chosen]], dim=1).sort(dim=1).values
+    numbers = torch.stack([one, other], dim=1).sort(dim=1).values
     pairs = torch.arange(len(chosen), device=rows.device).repeat_interleave(2)
     return _first_of_nearest(rows[chosen], points, pairs, numbers.ravel().long(), bits)
 
@@ -588,11 +750,13 @@ def _decide(
     status: Tensor,
     best: Tensor,
     runner_up: Tensor,
+    count: Tensor,
     bits: int,
 ) -> None:
     """As `gpu_kernels.decide`."""
     unclear = torch.nonzero(status)[:, 0]
-    best[unclear] = _nearer(rows, points, unclear, best, runner_up, bits)
+    count += len(unclear)
+    best[unclear] = _nearer(rows, points, unclear, best[unclear], runner_up[unclear], bits)
     several = unclear[status[unclear] > 1]
     pairs = several.repeat_interleave(len(points))
     numbers = torch.arange(len(points), device=rows.device).repeat(len(several))
@@ -619,38 +783,3 @@ def _add_to_sums(sums: Tensor, sizes: Tensor, rows: Tensor, entries: Tensor, lab
     for start in range(0, len(entries), step):
         part = slice(start, start + step)
         sums.index_add_(0, labels[part], rows[entries[part]].to(torch.float64) * signs[part, None])
-
-
-def _farthest_distinct(
-    rows: Tensor, candidates: _Candidates, labels: Tensor, sizes: Tensor, count: int, bits: int
-) -> list[tuple[int, int, Any]]:
-    """Up to `count` distinct rows as (squared distance, label, row), farthest from their centroid first (see `kmeans`).
-
-    Only the farthest by float64 are sorted by exact squared distances, as long as they hold enough distinct rows.
-    """
-    numbers = labels.long()
-    near = torch.empty(len(rows), dtype=torch.float64, device=rows.device)
-    step = max(1, _VALUES // rows.shape[1])
-    for start in range(0, len(rows), step):
-        part = slice(start, start + step)
-        near[part] = (rows[part] - candidates.wide[numbers[part]]).square().sum(dim=1)
-    near[sizes[numbers] == 1] = 0
-    found: list[tuple[int, int, Any]] = []
-    for considered in (min(len(rows), 2 * count + 64), len(rows)):
-        least = float(near.topk(considered).values[-1])
-        chosen = torch.nonzero((near >= least * (1 - 1e-9)) & (near > 0))[:, 0]
-        squared = _squared_distances(rows, candidates.points, chosen, numbers[chosen], bits)
-        high, low = _words(*squared)
-        approximate, of_row, label = near[chosen].cpu().numpy(), rows[chosen].cpu().numpy(), numbers[chosen].cpu().numpy()
-        found = []
-        seen: set[bytes] = set()
-        for index in np.lexsort((np.arange(len(high)), ~low, -high)):
-            if len(seen) == count or (approximate[index] < least and considered < len(rows)):
-                break
-            if (content := of_row[index].tobytes()) not in seen:
-                seen.add(content)
-                exact = grid.total_of((high[index : index + 1], low[index : index + 1]))
-                found.append((exact, int(label[index]), of_row[index]))
-        if len(seen) == count:
-            break
-    return found
