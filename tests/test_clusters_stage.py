@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from ktray.clustering import projection
+from ktray.clustering import projection, pseudo_labelling
 from ktray.pipeline.execute import execute
 from ktray.pipeline.identity import data_identity
 from ktray.pipeline.pair_graph import build
 from ktray.pool import StageContext
+from ktray.stages import pseudo_labels_stage
 from ktray.stores.file import FileStore
 from tests.toys import toy_pair
 
@@ -50,7 +52,7 @@ def test_a_killed_clustering_goes_on_from_its_last_iteration(tmp_path: Path) -> 
     for stage in stages[: stages.index(clusters) + 1]:
         other, _ = execute(stage, whole, "a", context)
     assert other.metrics == artifact.metrics
-    for name in ("codebook.npz", "centroids.npy", "projection.npz", "iterations.json"):
+    for name in ("codebook.npz", "centroids.npy", "projection.npz", "iterations.json", "labels.npy"):
         assert (other.directory / name).read_bytes() == (artifact.directory / name).read_bytes()
 
 
@@ -72,3 +74,18 @@ def test_the_projection_is_fitted_once_for_several_k_of_the_same_features(tmp_pa
     assert len(fits) == 2
     first, second, third = ((artifact.directory / "projection.npz").read_bytes() for artifact in made.values())
     assert first == second != third
+
+
+def test_images_that_were_clustered_keep_the_labels_of_the_clustering(tmp_path: Path, monkeypatch) -> None:
+    store, stages = FileStore(tmp_path / "store"), build(toy_pair(), data_identity()).stages
+    labels = next(stage for stage in stages if stage.name == "pseudo_labels")
+    for stage in stages[: stages.index(labels)]:
+        execute(stage, store, "a", StageContext())
+    shutil.copytree(store.root, tmp_path / "other")
+    monkeypatch.setattr(pseudo_labels_stage, "LABELS", "absent.npy")
+    searched, _ = execute(labels, FileStore(tmp_path / "other"), "a", StageContext())
+    monkeypatch.undo()
+    monkeypatch.setattr(pseudo_labelling, "assign", None)
+    kept, _ = execute(labels, store, "a", StageContext())
+    assert (kept.directory / "labels.npy").read_bytes() == (searched.directory / "labels.npy").read_bytes()
+    assert kept.metrics == searched.metrics

@@ -107,3 +107,13 @@ def test_the_projection_survives_an_npz_file(shards: list[Path], tmp_path: Path)
     np.savez(tmp_path / "projection.npz", **fitted)
     with np.load(tmp_path / "projection.npz", allow_pickle=False) as file:
         assert (projection.apply(dict(file), ROWS) == projection.apply(fitted, ROWS)).all()
+
+
+def test_moments_on_a_torch_device_are_those_of_the_workers(shards: list[Path]) -> None:
+    normalised = {"l2": np.array(True), "l2_after": np.array(False)}
+    _, centre, radius = projection.centre_and_radius(shards, normalised, LocalPool())
+    shared = normalised, centre, radius * 2.0**-21
+    for here, there in zip(
+        projection._block_moments(shards, shared), projection._moments_on("cpu", shards, shared), strict=True
+    ):
+        assert (np.asarray(here) == np.asarray(there)).all()

@@ -131,6 +131,7 @@ class Found:
     inertia: tuple[float, ...]
     empty: tuple[int, ...]
     sizes: NDArray[np.int64]
+    labels: NDArray[np.int32]
     converged: bool
     decided_again: float
 
@@ -229,8 +230,9 @@ def _iterate_singly(
         if keep:
             said = {"inertia": tuple(inertia), "empty": tuple(empty), "searched": searched, "unclear": unclear}
             keep(updates, partial(_state, candidates.points, before, said))
-    again_share = unclear / searched
-    return Found(candidates.points.cpu().numpy(), tuple(inertia), tuple(empty), whole_sizes.copy(), converged, again_share)
+    again_share, labels = unclear / searched, torch.cat([each.labels for each in known]).cpu().numpy()
+    points = candidates.points.cpu().numpy()
+    return Found(points, tuple(inertia), tuple(empty), whole_sizes.copy(), labels, converged, again_share)
 
 
 def _iterate_ahead(
@@ -268,7 +270,8 @@ def _iterate_ahead(
             converged = len(inertia) > 1 and not moved
             if converged or len(inertia) > iterations:
                 share = unclear / (total * len(inertia))
-                return Found(points.cpu().numpy(), tuple(inertia), (0,) * len(inertia), sizes, converged, share)
+                labels = ahead.labels.cpu().numpy()  # those of the iterations after convergence are the same
+                return Found(points.cpu().numpy(), tuple(inertia), (0,) * len(inertia), sizes, labels, converged, share)
             before = points
         if keep:
             keep(len(inertia), partial(_state, ahead.candidates.points, before, said()))

@@ -47,6 +47,7 @@ class Clusters:
         inertia: mean squared distance of the rows to their centroid: first for the initial centroids, then after each update.
         empty: number of empty clusters at the same points in time; `fit` repairs them in the next update.
         sizes: (K,) int64, rows of each cluster under `codebook`.
+        labels: (N,) int32, the cluster of each row under `codebook`.
         iterations: number of updates, len(inertia) - 1.
         converged: whether the last update left all labels unchanged.
         decided_again: share of the labels that the screening product could not decide.
@@ -56,6 +57,7 @@ class Clusters:
     inertia: tuple[float, ...]
     empty: tuple[int, ...]
     sizes: NDArray[np.int64]
+    labels: NDArray[np.int32]
     iterations: int
     converged: bool
     decided_again: float
@@ -245,7 +247,8 @@ def _fit_on(
     )  # fmt: skip
     codebook = Codebook(space.grid, found.points)
     updates = len(found.inertia) - 1
-    return Clusters(codebook, found.inertia, found.empty, found.sizes, updates, found.converged, found.decided_again)
+    state_of = found.inertia, found.empty, found.sizes, found.labels
+    return Clusters(codebook, *state_of, updates, found.converged, found.decided_again)
 
 
 def _iterate(
@@ -279,8 +282,9 @@ def _iterate(
             on_iteration(len(inertia) - 1, inertia[-1])
         converged = previous is not None and not empty[-1] and not sum(change.relabelled for change in changes)
         if converged or len(inertia) > iterations:
-            again = unclear / max(1, searched)
-            return Clusters(centroids.codebook, tuple(inertia), tuple(empty), sizes, len(inertia) - 1, converged, again)
+            again, labels = unclear / max(1, searched), np.concatenate(pool.map(_labels, groups, (space, centroids)))
+            updates = len(inertia) - 1
+            return Clusters(centroids.codebook, tuple(inertia), tuple(empty), sizes, labels, updates, converged, again)
         repaired_sums, repaired_sizes = _repaired(sums, sizes, centroids, groups, space, pool) if empty[-1] else (sums, sizes)
         previous, centroids = centroids, _Centroids.of(_means(repaired_sums, repaired_sizes, centroids.codebook), space)
         points = centroids.codebook.points, previous.codebook.points
@@ -383,6 +387,18 @@ def _sum_change(group: list[Path], shared: tuple[_ClusteringSpace, _Centroids, _
         squares += square
     additions.flush()
     return _SumChange(sums, counts, squares, relabelled, labels_of.searched, labels_of.unclear)
+
+
+def _labels(group: list[Path], shared: tuple[_ClusteringSpace, _Centroids]) -> NDArray[np.int32]:
+    """The labels of the rows of some shards, mostly those that this worker has found last."""
+    space, centroids = shared
+    cache = _cache_of(space)
+    labels_of = _Labelling(centroids, cache)
+    found = [labels_of.known(shard) for shard in group]
+    each = [
+        labels_of(shard, _rows(shard, space, cache)[0]) if had is None else had for shard, had in zip(group, found, strict=True)
+    ]
+    return np.concatenate(each).astype(np.int32)
 
 
 def _farthest_rows(
@@ -536,11 +552,15 @@ class _Labelling:
         self._exhaustive: nearest_centroids.Search | None = None
         self._bounded: lower_bounds.Search | None = None
 
+    def known(self, shard: Path) -> NDArray[np.int64] | None:
+        """The labels of a shard that are in the cache; None if there are none, or of other centroids."""
+        digest, cached = self.cache.labels.get(_shard_key(shard), (b"", None))
+        return cached.astype(np.int64) if cached is not None and digest == self.centroids.digest else None
+
     def __call__(self, shard: Path, rows: NDArray[np.float32]) -> NDArray[np.int64]:
-        key = _shard_key(shard)
-        digest, cached = self.cache.labels.get(key, (b"", None))
-        if cached is not None and digest == self.centroids.digest:
-            return cached.astype(np.int64)
+        known, key = self.known(shard), _shard_key(shard)
+        if known is not None:
+            return known
         labels, unclear = self._search(key, rows)
         self.searched, self.unclear = self.searched + len(rows), self.unclear + unclear
         self.cache.labels[key] = self.centroids.digest, labels.astype(np.int32)

@@ -30,7 +30,7 @@ _BLOCK_BYTES = 2 << 30  # memory for second moments at a time; the number of blo
 
 
 def fit(
-    shards: Sequence[Path], *, l2: bool, pca: int | None, whiten: bool, l2_after: bool, pool: Pool
+    shards: Sequence[Path], *, l2: bool, pca: int | None, whiten: bool, l2_after: bool, pool: Pool, device: str = "cpu"
 ) -> dict[str, NDArray[Any]]:
     """Fit the projection for `apply`, as arrays for an npz file.
 
@@ -45,6 +45,7 @@ def fit(
         pca: number of principal components kept, >= 1, or None.
         whiten: scale each component to unit variance.
         l2_after: divide each projected row by its length.
+        device: torch device; CUDA multiplies the second moments, otherwise the pool's workers do. It changes no result.
 
     Returns:
         `l2`, `l2_after` bool, `rotation` bool (all directions kept); with PCA or whitening also `mean` (D,) float32,
@@ -58,7 +59,7 @@ def fit(
         return result
     width = np.load(intact(shards[0]), mmap_mode="r", allow_pickle=False).shape[1]
     kept = width if pca is None else min(pca, width)
-    mean, covariance = _moments(shards, width, l2, pool)
+    mean, covariance = _moments(shards, width, l2, pool, device)
     variances, components = _principal(covariance, kept)
     total = float(np.trace(covariance))
     scale = 1 / np.sqrt(np.maximum(variances, _WHITEN_FLOOR * variances[0])) if whiten else np.ones(kept)
@@ -181,7 +182,9 @@ def _radius(shard: Path, shared: tuple[Mapping[str, NDArray[Any]], NDArray[np.fl
     return float(max((high - centre).max(), (centre - low).max()))
 
 
-def _moments(shards: Sequence[Path], width: int, l2: bool, pool: Pool) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def _moments(
+    shards: Sequence[Path], width: int, l2: bool, pool: Pool, device: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Mean (D,) and covariance (D, D), with denominator N - 1, of all rows; both float64.
 
     Rows are centred and rounded to whole numbers of b bits. A product of 1,024 rows is exact in float64, as 2 b + 10 <= 52,
@@ -191,12 +194,16 @@ def _moments(shards: Sequence[Path], width: int, l2: bool, pool: Pool) -> tuple[
     _, centre, radius = centre_and_radius(shards, normalised, pool)
     bits = min(_MOST_BITS, (62 - (sum(row_counts(shards)) - 1).bit_length()) // 2)
     step = 2.0 ** (math.frexp(radius)[1] - bits)
-    number = min(64, max(4, _BLOCK_BYTES // (8 * width * width)))
-    blocks = [list(block) for block in np.array_split(np.array(shards, object), min(number, len(shards)))]
-    count, total, second = 0, np.zeros(width, np.int64), np.zeros((width, width), np.int64)
-    for rows, row_sum, product in pool.map(_block_moments, blocks, (normalised, centre, step)):
-        count, total = count + rows, total + row_sum
-        second += product
+    shared = normalised, centre, step
+    if device.startswith("cuda"):
+        count, total, second = _moments_on(device, shards, shared)
+    else:
+        number = min(64, max(4, _BLOCK_BYTES // (8 * width * width)))
+        blocks = [list(block) for block in np.array_split(np.array(shards, object), min(number, len(shards)))]
+        count, total, second = 0, np.zeros(width, np.int64), np.zeros((width, width), np.int64)
+        for rows, row_sum, product in pool.map(_block_moments, blocks, shared):
+            count, total = count + rows, total + row_sum
+            second += product
     mean = total / count
     covariance = (second - np.outer(mean, total)) / max(count - 1, 1)
     return centre + mean * step, covariance * step**2
@@ -218,6 +225,27 @@ def _block_moments(
                 count, total = count + len(whole), total + whole.sum(axis=0).astype(np.int64)
                 second += (whole.T @ whole).astype(np.int64)
     return count, total, second
+
+
+def _moments_on(
+    device: str, shards: Sequence[Path], shared: tuple[Mapping[str, NDArray[Any]], NDArray[np.float32], float]
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+    """As `_block_moments`, by exact products on a torch device."""
+    import torch
+
+    normalised, centre, step = shared
+    width, middle = len(centre), torch.from_numpy(centre).to(device, torch.float64)
+    count, total = 0, torch.zeros(width, dtype=torch.int64, device=device)
+    second = torch.zeros(width, width, dtype=torch.int64, device=device)
+    for shard in shards:
+        progress.advance("shards")
+        rows = torch.from_numpy(apply(normalised, finite_rows(shard))).to(device)
+        count += len(rows)
+        for piece in rows.split(blas.CHUNK_ROWS):
+            whole = torch.round((piece.to(torch.float64) - middle) / step)
+            total += whole.sum(dim=0).to(torch.int64)
+            second += (whole.T @ whole).to(torch.int64)
+    return count, total.cpu().numpy(), second.cpu().numpy()
 
 
 def _principal(covariance: NDArray[np.float64], kept: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

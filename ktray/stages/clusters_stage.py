@@ -26,6 +26,7 @@ IDENTITY, REVISION = "stage.clusters", 1
 TOOLS = (kmeans, projection)
 TOOLS_OF_SOME = (position_rows,)  # in the keys of clusters of positions
 
+LABELS = "labels.npy"
 _PROJECTION, _STATE = "projection.npz", "iterations.npz"
 _KEPT_BYTES = 64 << 20  # of a projection that stays in memory: 4,096 directions of 4,096 features
 
@@ -98,6 +99,7 @@ def run(
 
     A checkpoint holds the projection and the state of the iterations, from which a later attempt goes on with the same result.
     The centroids are `codebook.npz` on their grid, as labels are made from, and `centroids.npy` (K, d) as float32, to look at.
+    `labels.npy` (N,) int32 has the clusters of the features themselves, unless other rows were made of them.
     """
     spec, shards = stage.spec, extraction.shards(inputs["features"].directory)
     with rows_of(shards, spec, out, spec["seed"]) as rows:
@@ -126,6 +128,8 @@ def run(
 
     found.codebook.save(out / "codebook.npz")
     np.save(out / "centroids.npy", found.centroids)
+    if not spec.get("rows"):
+        np.save(out / LABELS, found.labels)
     np.savez(out / _PROJECTION, **project)  # type: ignore[arg-type]
     curve = [{"iteration": i, "inertia": inertia} for i, inertia in enumerate(found.inertia)]  # 0: of the seeds
     (out / "iterations.json").write_text(json.dumps({"inertia": curve, "repaired": list(found.empty)}))
@@ -150,7 +154,7 @@ def _fitted(shards: Sequence[Path], spec: Mapping[str, Any], context: StageConte
     if key in _latest_projection:
         return _latest_projection[key]
     _latest_projection.clear()
-    fitted = projection.fit(shards, **steps, pool=context.pool)
+    fitted = projection.fit(shards, **steps, pool=context.pool, device=context.device)
     if sum(each.nbytes for each in fitted.values()) <= _KEPT_BYTES:
         _latest_projection[key] = fitted
     return fitted

@@ -17,7 +17,7 @@ from ktray.clustering.grid import Codebook
 from ktray.features import extraction
 from ktray.pool import StageContext
 from ktray.spec import TransferSpec
-from ktray.stages.clusters_stage import Clustering, rows_of
+from ktray.stages.clusters_stage import LABELS, Clustering, rows_of
 from ktray.stages.images_stage import open_images
 
 IDENTITY, REVISION = "stage.pseudo_labels", 1
@@ -60,8 +60,11 @@ def run(
     with np.load(intact(clusters / "projection.npz"), allow_pickle=False) as file:
         project = dict(file)
     shards, spec = extraction.shards(inputs["features"].directory), stage.spec
-    with rows_of(shards, spec, out) as rows:
-        labels = pseudo_labelling.assign(rows, codebook, project, context.pool)
+    if inputs["clusters"].record["inputs"]["features"] == inputs["features"].key and (clusters / LABELS).exists():
+        labels = np.load(intact(clusters / LABELS), allow_pickle=False).astype(np.int64)  # the same images were clustered
+    else:
+        with rows_of(shards, spec, out) as rows:
+            labels = pseudo_labelling.assign(rows, codebook, project, context.pool)
     if spec["small"] == "merge":
         labels = pseudo_labelling.merge_small(labels, codebook, spec["min_size"])
     else:
