@@ -110,8 +110,8 @@ def run(folder: Path, configuration: dict[str, Any], k: int, iterations: int) ->
     begin()
     device = given.get("device", "cpu")
     if device == "cuda":
-        gpu_kmeans.iterate = partial(  # type: ignore[assignment]
-            gpu_kmeans.iterate, screener=given["screener"], budget=given.get("budget")
+        gpu_kmeans.Engine = partial(  # type: ignore[assignment,misc]
+            gpu_kmeans.Engine, screener=given["screener"], budget=given.get("budget")
         )
     pool = Processes(given.get("workers", 1), begin)
     shards = sorted(folder.glob("features-*.npy"))

@@ -31,10 +31,12 @@ def iterate(shards: list[Path], made: kmeans.Clusters, k: int, iterations: int, 
     counts = [len(np.load(shard)) for shard in shards]
     seeds = grid.whole(rows[kmeans.seed_rows(len(rows), k, 0)])
 
-    def load(shard: Path) -> NDArray[np.float32]:
-        return grid.rows(finite_rows(shard))
-
-    return gpu_kmeans.iterate(seeds, shards, counts, iterations, grid, load, kmeans.plan_repairs, device, **rest)
+    options = {name: rest.pop(name) for name in ("screener", "budget") if name in rest}
+    engine = gpu_kmeans.Engine(shards, counts, finite_rows, device, **options)
+    if made.iterations % 2:  # rows that are read before there is a grid, and rows that are not
+        deviations = np.concatenate([np.load(shard) for shard in shards]).astype(np.float64) - grid.centre
+        assert engine.largest_distance(grid.centre) == np.abs(deviations).max()
+    return gpu_kmeans.iterate(engine, seeds, grid, iterations, kmeans.plan_repairs, **rest)
 
 
 def check(shards: list[Path], k: int, iterations: int, device: str, **rest) -> gpu_kmeans.Found:
@@ -95,13 +97,13 @@ def test_rows_whose_label_cannot_change_are_not_searched_for(
 ) -> None:
     monkeypatch.setattr(gpu_kmeans, "_SMALL_ROWS", 0)
     searched: list[tuple[int, int]] = []  # numbers of rows and of centroids, padded to 256
-    whole_search = gpu_kmeans._Engine.best_two
+    whole_search = gpu_kmeans.Engine.best_two
 
     def recording(self, piece, candidates, chosen=None):
         searched.append((len(piece.rows) if chosen is None else len(chosen), len(candidates.norms)))
         return whole_search(self, piece, candidates, chosen)
 
-    monkeypatch.setattr(gpu_kmeans._Engine, "best_two", recording)
+    monkeypatch.setattr(gpu_kmeans.Engine, "best_two", recording)
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(k, 64))[np.minimum(rng.integers(0, 2 * k, 4000), k - 1)]
     rows = (centres + 0.2 * rng.normal(size=(4000, 64))).astype(np.float32)

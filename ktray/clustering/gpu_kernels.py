@@ -79,7 +79,7 @@ def _best_two_kernel(  # type: ignore[no-untyped-def]
     tl.store(next_bound + numbers, _distance(second - below, length * length_share, unit), mask=inside)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit
 def _distance(score, length, unit):  # type: ignore[no-untyped-def]
     """A lower bound of a distance, from those of its score and of |x|^2."""
     return tl.sqrt(tl.maximum(score * unit + length, 0.0)) * 0.999999

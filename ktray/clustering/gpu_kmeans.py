@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ktray import progress
 from ktray.clustering import grid
 from ktray.clustering.grid import Grid
 
@@ -143,32 +144,24 @@ Repairs = Callable[[NDArray[np.int64], list[tuple[int, int, Any]]], list[tuple[i
 
 
 def iterate(
+    engine: Engine,
     initial: NDArray[np.int64],
-    shards: Sequence[Path],
-    counts: Sequence[int],
-    iterations: int,
     of_rows: Grid,
-    load: Load,
+    iterations: int,
     repairs: Repairs,
-    device: str,
     on_iteration: OnIteration | None = None,
-    screener: str = "float16",
-    budget: int | None = None,
     start: Mapping[str, Any] | None = None,
     keep: Keep | None = None,
 ) -> Found:
     """Lloyd's iteration from the `initial` centroids (K, d).
 
     Args:
-        counts: number of rows of each shard.
-        load: reads a shard as rows (n, d) on the grid.
+        engine: has the rows; its `largest_distance` for the centre of the grid has been asked for or not.
         repairs: `kmeans.plan_repairs`.
-        screener: of `SCREENERS`; it changes no result.
-        budget: bytes of device memory; None for most of what is free.
         start: fields of the `kmeans.IterationState` from which to go on.
         keep: called after every update with the number of updates and a function that returns such fields.
     """
-    engine = _Engine(shards, counts, of_rows, load, device, screener, budget)
+    engine.place(of_rows)
     if start is None and engine.is_small(len(initial)):
         found = _iterate_ahead(engine, initial, iterations, of_rows, on_iteration, keep)
         if isinstance(found, Found):
@@ -178,7 +171,7 @@ def iterate(
 
 
 def _iterate_singly(
-    engine: _Engine,
+    engine: Engine,
     initial: NDArray[np.int64],
     iterations: int,
     of_rows: Grid,
@@ -236,7 +229,7 @@ def _iterate_singly(
 
 
 def _iterate_ahead(
-    engine: _Engine,
+    engine: Engine,
     initial: NDArray[np.int64],
     iterations: int,
     of_rows: Grid,
@@ -280,7 +273,7 @@ def _iterate_ahead(
 class _Ahead:
     """Iterations whose launches depend on nothing that the host would have to read, and what each of them found."""
 
-    def __init__(self, engine: _Engine, points: Tensor) -> None:
+    def __init__(self, engine: Engine, points: Tensor) -> None:
         self.engine = engine
         _, self.piece = next(iter(engine.pieces()))
         device = engine.device
@@ -317,23 +310,30 @@ def _state(points: Tensor, previous: Tensor, said: dict[str, Any]) -> dict[str, 
     return {"points": points.cpu().numpy().copy(), "previous": previous.cpu().numpy().copy(), **said}
 
 
-class _Engine:
-    """The rows of a clustering, on the device as far as they fit."""
+class Engine:
+    """The rows of a clustering, on the device as far as they fit.
+
+    Args:
+        counts: number of rows of each shard.
+        load: reads a shard as projected rows (n, d).
+        screener: of `SCREENERS`; it changes no result.
+        budget: bytes of device memory; None for most of what is free.
+    """
 
     def __init__(
         self,
         shards: Sequence[Path],
         counts: Sequence[int],
-        of_rows: Grid,
         load: Load,
         device: str,
-        screener: str,
-        budget: int | None,
+        screener: str = "float16",
+        budget: int | None = None,
     ) -> None:
-        self.device, self.load, self.bits = torch.device(device), load, of_rows.bits
+        self.device, self.load, self.bits = torch.device(device), load, 0
+        self.grid: Grid | None = None
         self.dtype, self.tf32, self.rounding = SCREENERS[screener]
         self.kernels = _kernels() if self.device.type == "cuda" else None
-        self.width = len(of_rows.centre)
+        self.width = load(shards[0]).shape[1]
         self.padded = -(-self.width // 64) * 64
         free = budget if budget is not None else int(_free_bytes(self.device) * 0.8)
         per_row = 4 * self.width + self.padded * self.dtype.itemsize + 16
@@ -349,6 +349,33 @@ class _Engine:
         self._per_row = per_row
         self._ratio: float | None = None
         self._pause = self._waited = 0  # searches of whole pieces until bounds are tried again, and those before the last try
+
+    def largest_distance(self, centre: NDArray[np.float32]) -> float:
+        """The largest distance of any row from the centre (d,) in a coordinate; rows that are not on a grid yet."""
+        middle, largest = torch.from_numpy(centre).to(self.device, torch.float64), 0.0
+        for index, piece in self.pieces():
+            low, high = piece.rows.amin(dim=0).to(torch.float64), piece.rows.amax(dim=0).to(torch.float64)
+            largest = max(largest, float(torch.maximum(high - middle, middle - low).max()))
+            progress.advance("shards", len(self._groups[index]))
+        return largest
+
+    def place(self, of_rows: Grid) -> None:
+        """Round all rows to a grid, those that are read later, too."""
+        self.grid, self.bits = of_rows, of_rows.bits
+        for piece in self._kept.values():
+            self._round(piece)
+
+    def _round(self, piece: _Piece) -> None:
+        """As `Grid.rows` of clustered rows, in place; what the product takes is made of them."""
+        assert self.grid is not None
+        centre, exponent = torch.from_numpy(self.grid.centre).to(self.device, torch.float64), self.grid.exponent
+        step = max(1, 4 * _VALUES // self.width)
+        for start in range(0, len(piece.rows), step):
+            part = piece.rows[start : start + step]
+            part.copy_((part.to(torch.float64) - centre) * 2.0**-exponent)
+            part.mul_(2.0**self.bits).round_().mul_(2.0**-self.bits)
+            piece.inputs[start : start + step, : self.width] = part * _SCALE
+            piece.lengths[start : start + step] = part.square().sum(dim=1)
 
     def pieces(self) -> Iterator[tuple[int, _Piece]]:
         """All pieces, one after the other; those that do not stay on the device are read ahead by one."""
@@ -379,15 +406,15 @@ class _Engine:
         with ThreadPoolExecutor(_READERS) as readers:
             waiting = [readers.submit(self.load, shard) for shard, _ in self._groups[index][: 2 * _READERS]]
             for place, (_, count) in enumerate(self._groups[index]):
-                part = rows[start : start + count]
-                part.copy_(torch.from_numpy(waiting[place].result()))
-                inputs[start : start + count, : self.width] = part * _SCALE
-                lengths[start : start + count] = part.square().sum(dim=1)
+                rows[start : start + count] = torch.from_numpy(waiting[place].result())
                 waiting[place] = None  # type: ignore[call-overload]
                 if len(waiting) < len(self._groups[index]):
                     waiting.append(readers.submit(self.load, self._groups[index][len(waiting)][0]))
                 start += count
-        return _Piece(rows, inputs, lengths)
+        piece = _Piece(rows, inputs, lengths)
+        if self.grid is not None:
+            self._round(piece)
+        return piece
 
     def candidates(self, points: Tensor) -> _Candidates:
         """Centroids for the product, of which nothing is known."""

@@ -18,7 +18,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,9 @@ from ktray.clustering import grid, lower_bounds, nearest_centroids, projection
 from ktray.clustering.grid import Codebook, Grid
 from ktray.clustering.projection import apply, centre_and_radius, finite_rows, row_counts, sample
 from ktray.pool import Pool
+
+if TYPE_CHECKING:
+    from ktray.clustering import gpu_kmeans
 
 IDENTITY, REVISION = "kmeans", 3
 TOOLS = (projection, grid, nearest_centroids)
@@ -210,7 +213,9 @@ def fit(
     total = sum(counts)
     if k > total:
         raise ValueError(f"k = {k} clusters need at least as many rows; the features have {total}")
-    space = _ClusteringSpace.of(projection, Grid.around(*centre_and_radius(shards, projection, pool), total))
+    engine = _engine_on(device, shards, counts, projection) if device.startswith("cuda") else None
+    largest = engine.largest_distance if engine else None
+    space = _ClusteringSpace.of(projection, Grid.around(*centre_and_radius(shards, projection, pool, largest), total))
     seeds = space.grid.rows(sample(shards, counts, seed_rows(total, k, seed), projection, pool))
     state = IterationState.read(start, space.key) if start else None
 
@@ -218,31 +223,37 @@ def fit(
         if save:
             save(updates, lambda path: reached().write(path, space.key))
 
-    if device.startswith("cuda"):
-        return _fit_on(device, space, seeds, shards, counts, iterations, on_iteration, state, keep)
+    if engine:
+        return _fit_on(engine, space, seeds, iterations, on_iteration, state, keep)
     clusters = _iterate(space.grid.whole(seeds), _groups(shards, pool), iterations, space, pool, on_iteration, state, keep)
     pool.map(_release_cache, range(pool.worker_count), space.key)
     return clusters
 
 
+def _engine_on(
+    device: str, shards: Sequence[Path], counts: Sequence[int], projection: Mapping[str, NDArray[Any]]
+) -> gpu_kmeans.Engine:
+    from ktray.clustering import gpu_kmeans  # imports torch
+
+    def load(shard: Path) -> NDArray[np.float32]:
+        return apply(projection, finite_rows(shard))
+
+    return gpu_kmeans.Engine(shards, counts, load, device)
+
+
 def _fit_on(
-    device: str,
+    engine: gpu_kmeans.Engine,
     space: _ClusteringSpace,
     seeds: NDArray[np.float32],
-    shards: Sequence[Path],
-    counts: Sequence[int],
     iterations: int,
     on_iteration: Callable[[int, float], None] | None,
     state: IterationState | None,
     keep: Callable[[int, Callable[[], IterationState]], None],
 ) -> Clusters:
-    from ktray.clustering import gpu_kmeans  # imports torch
-
-    def load(shard: Path) -> NDArray[np.float32]:
-        return space.grid.rows(apply(space.projection, finite_rows(shard)))
+    from ktray.clustering import gpu_kmeans
 
     found = gpu_kmeans.iterate(
-        space.grid.whole(seeds), shards, counts, iterations, space.grid, load, plan_repairs, device, on_iteration,
+        engine, space.grid.whole(seeds), space.grid, iterations, plan_repairs, on_iteration,
         start=vars(state) if state else None, keep=lambda updates, fields: keep(updates, lambda: IterationState(**fields())),
     )  # fmt: skip
     codebook = Codebook(space.grid, found.points)

@@ -8,7 +8,7 @@ processor's kernels. `made_by` names both.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +148,15 @@ def _read_rows(item: tuple[Path, NDArray[np.int64]], projection: Mapping[str, ND
 
 
 def centre_and_radius(
-    shards: Sequence[Path], projection: Mapping[str, NDArray[Any]], pool: Pool
+    shards: Sequence[Path],
+    projection: Mapping[str, NDArray[Any]],
+    pool: Pool,
+    largest: Callable[[NDArray[np.float32]], float] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
     """A sample (n, d) of the projected rows, its centre (d,), and the largest distance of any row from it in a coordinate.
+
+    Args:
+        largest: what finds that distance for a centre; None for the pool's workers.
 
     The sample are at most 1,024 evenly spaced rows. The centre is the median of each column, the lower one of two: a value of
     the sample, and not moved by outliers.
@@ -163,7 +169,7 @@ def centre_and_radius(
     number = min(total, _SAMPLE_ROWS)
     rows = sample(shards, counts, np.arange(number) * total // number, projection, pool)
     centre: NDArray[np.float32] = np.partition(rows, (number - 1) // 2, axis=0)[(number - 1) // 2]
-    radius = max(pool.map(_radius, list(shards), (projection, centre)))
+    radius = largest(centre) if largest else max(pool.map(_radius, list(shards), (projection, centre)))
     if not radius:
         raise ValueError(f"all {total} rows of the features are equal; there is nothing to cluster")
     return rows, centre, radius
