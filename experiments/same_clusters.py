@@ -7,8 +7,9 @@ The features (200,000 x 512) are those of a network with random weights, of the 
 The network computes with whole numbers, so that its features, too, are the same bits on every machine. k = 1000, 20
 iterations. Configurations: 1, 2, 3 and 7 worker processes; the kernels of four processors in OpenBLAS; products in float32 and
 bfloat16, of rows and of their leading directions, and those of faiss; on a GPU float32, TF32, float16 and bfloat16, and rows
-that are read again in each iteration. One JSON line for the features and for each configuration, with the sha256 of labels and
-centroids; the last line says whether all are equal.
+that are read again in each iteration; the stage as a search runs it, by two Ray actors on CPUs and by one on a GPU beside them;
+and a clustering that two processes begin and a GPU ends. One JSON line for the features and for each configuration, with the
+sha256 of labels and centroids; the last line says whether all are equal.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -31,8 +33,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from experiments.bench.kmeans import stages_on_ray
 from ktray.clustering import gpu_kmeans, grid, kmeans, lower_bounds, nearest_centroids, pseudo_labelling
 from ktray.clustering.grid import Codebook
+from ktray.scheduler.resources import SPLITTABLE, ResourceRequest, RuntimeSettings
 
 ROWS, SHARD_ROWS = 200_000, 8192
 KERNELS = ("Haswell", "Zen", "SkylakeX", "Sandybridge")
@@ -46,9 +50,11 @@ def configurations(device: str) -> list[dict[str, Any]]:
         found += [{"kernels": name, "type": "float32", "directions": False} for name in KERNELS]
         found += [{"type": name, "directions": True} for name in ("float32", "bfloat16")]
         found += [{"type": "bfloat16", "directions": False}, {"type": "float32", "directions": False, "faiss": True}]
+        found += [{"ray": 2, "device": "cpu"}]
     if device in ("cuda", "all") and torch.cuda.is_available():
         found += [{"device": "cuda", "screener": name} for name in gpu_kmeans.SCREENERS]
         found += [{"device": "cuda", "screener": "float16", "budget": 900 << 20}]
+        found += [{"ray": 2, "device": "cuda"}, {"device": "cuda", "begun_by": 2}]
     return found
 
 
@@ -106,27 +112,62 @@ def search_by_faiss(codebook: Codebook) -> nearest_centroids.Search:
 def run(folder: Path, configuration: dict[str, Any], k: int, iterations: int) -> dict[str, Any]:
     """The digests of labels and centroids of one configuration, in this process."""
     given = dict(configuration)
+    if "ray" in given:
+        return {**configuration, **by_ray(folder, given["ray"], given["device"] == "cuda", k, iterations)}
     begin = partial(choose_product, given.get("type"), given.get("directions"), given.get("faiss", False))
     begin()
     device = given.get("device", "cpu")
-    if device == "cuda":
+    if "screener" in given:
         gpu_kmeans.Engine = partial(  # type: ignore[assignment,misc]
             gpu_kmeans.Engine, screener=given["screener"], budget=given.get("budget")
         )
     pool = Processes(given.get("workers", 1), begin)
     shards = sorted(folder.glob("features-*.npy"))
     began = time.perf_counter()
-    found = kmeans.fit(shards, k, seed=0, iterations=iterations, projection={}, pool=pool, device=device)
+    with tempfile.TemporaryDirectory() as scratch:
+        start = begin_clustering(shards, k, Processes(given["begun_by"], begin), Path(scratch)) if "begun_by" in given else None
+        found = kmeans.fit(shards, k, seed=0, iterations=iterations, projection={}, pool=pool, device=device, start=start)
     seconds = time.perf_counter() - began
     labels = pseudo_labelling.assign(shards, found.codebook, {}, pool)
+    assert (labels == found.labels).all()
     return {
         **configuration,
-        "labels": hashlib.sha256(labels.tobytes()).hexdigest(),
-        "centroids": hashlib.sha256(found.codebook.points.tobytes()).hexdigest(),
+        **digests(labels, found.codebook),
         "inertia": found.inertia[-1],
         "decided_again": found.decided_again,
         "seconds": round(seconds, 2),
     }
+
+
+def digests(labels: NDArray[np.int64], codebook: Codebook) -> dict[str, str]:
+    """sha256 hex digests of both."""
+    arrays = {"labels": labels, "centroids": codebook.points}
+    return {name: hashlib.sha256(array.tobytes()).hexdigest() for name, array in arrays.items()}
+
+
+def by_ray(folder: Path, workers: int, on_gpu: bool, k: int, iterations: int) -> dict[str, Any]:
+    """The clusters of the stage, as a search runs it; on CPUs if a GPU is there, too, unless it is asked for."""
+    settings = RuntimeSettings(cpus=workers)
+    if not on_gpu:
+        settings = RuntimeSettings(cpus=workers, stages={**SPLITTABLE, "clusters": ResourceRequest(gpus=0, helpers=workers)})
+    with tempfile.TemporaryDirectory(dir=folder.parent) as scratch, stages_on_ray(Path(scratch), settings) as cluster:
+        made = cluster(sorted(folder.glob("features-*.npy")), k, iterations)
+        codebook = Codebook.load(made.directory / "codebook.npz")
+        found = digests(np.load(made.directory / "labels.npy").astype(np.int64), codebook)
+    record = made.record
+    says = {"inertia": record["metrics"]["inertia"], "made_on": record["device"], "made_by": record["workers"]}
+    return {**found, **says, "decided_again": record["metrics"]["decided_again"], "seconds": record["seconds"]}
+
+
+def begin_clustering(shards: list[Path], k: int, pool: Processes, folder: Path) -> Path:
+    """The state of a clustering on CPUs after a third of the iterations, from which another device may go on."""
+
+    def keep(updates: int, write: Callable[[Path], None]) -> None:
+        if updates == 7:
+            write(folder / "state.npz")
+
+    kmeans.fit(shards, k, seed=0, iterations=7, projection={}, pool=pool, save=keep)
+    return folder / "state.npz"
 
 
 def run_apart(folder: Path, configuration: dict[str, Any], k: int, iterations: int) -> dict[str, Any]:
