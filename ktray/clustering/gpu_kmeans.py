@@ -360,7 +360,10 @@ class Engine:
         return largest
 
     def place(self, of_rows: Grid) -> None:
-        """Round all rows to a grid, those that are read later, too."""
+        """Round all rows to a grid, those that are read later, too; once."""
+        if self.grid is of_rows:
+            return
+        assert self.grid is None, "rows that have been rounded cannot be rounded anew"
         self.grid, self.bits = of_rows, of_rows.bits
         for piece in self._kept.values():
             self._round(piece)
