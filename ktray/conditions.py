@@ -13,6 +13,9 @@ from typing import Any
 KEPT_ROWS = "kept_rows"
 """Noted where features were not extracted again, with the `seconds` that this would have taken in all."""
 
+KEPT_PROJECTION = "kept_projection"
+"""Noted where a projection was not fitted again, with the `seconds` that it took."""
+
 _noted: ContextVar[dict[str, Any] | None] = ContextVar("conditions", default=None)
 
 

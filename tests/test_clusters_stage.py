@@ -72,6 +72,9 @@ def test_the_projection_is_fitted_once_for_several_k_of_the_same_features(tmp_pa
             if stage.name in ("images", "teacher", "features", "clusters"):
                 made[k, whiten], _ = execute(stage, store, "a", StageContext())
     assert len(fits) == 2
+    records = [artifact.record for artifact in made.values()]
+    assert ["kept_projection" in record["conditions"] for record in records] == [False, True, False]
+    assert records[1]["seconds_alone"] >= records[1]["conditions"]["kept_projection"]["seconds"]
     first, second, third = ((artifact.directory / "projection.npz").read_bytes() for artifact in made.values())
     assert first == second != third
 

@@ -108,7 +108,8 @@ def _compute(
     record = record_of(stage, metrics, seconds, inputs, context)
     record |= {"attempt": attempt, "started_from": start.name if start else None, "conditions": noted}
     record |= stage.about
-    saved = noted.get(conditions.KEPT_ROWS, {}).get("seconds", 0.0)
+    kept = (conditions.KEPT_ROWS, conditions.KEPT_PROJECTION)
+    saved = sum(noted.get(name, {}).get("seconds", 0.0) for name in kept)
     record["seconds_alone"] = round(_seconds_alone(stage, store, seconds, start) + saved, 3)
     return store.publish(scratch, stage.key, record)
 

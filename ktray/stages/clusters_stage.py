@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ktray import fingerprint, plugins
+from ktray import conditions, fingerprint, plugins
 from ktray.artifact import Artifact, Stage
 from ktray.checkpoints import saving
 from ktray.clustering import kmeans, position_rows, projection
@@ -30,7 +30,8 @@ LABELS = "labels.npy"
 _PROJECTION, _STATE = "projection.npz", "iterations.npz"
 _KEPT_BYTES = 64 << 20  # of a projection that stays in memory: 4,096 directions of 4,096 features
 
-_latest_projection: dict[Any, dict[str, NDArray[Any]]] = {}  # of this process: features and steps -> projection, at most one
+_latest_projection: dict[Any, tuple[dict[str, NDArray[Any]], float]] = {}
+"""Of this process: features and steps -> projection and the seconds that it took, at most one."""
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,14 @@ def _fitted(shards: Sequence[Path], spec: Mapping[str, Any], context: StageConte
     steps = {name: spec[name] for name in ("l2", "pca", "whiten", "l2_after")}
     key = (*((str(shard), fingerprint.file_version(shard.stat())) for shard in shards), *steps.items())
     if key in _latest_projection:
-        return _latest_projection[key]
+        kept, seconds = _latest_projection[key]
+        conditions.note(conditions.KEPT_PROJECTION, {"seconds": seconds})
+        return kept
     _latest_projection.clear()
+    began = time.perf_counter()
     fitted = projection.fit(shards, **steps, pool=context.pool, device=context.device)
     if sum(each.nbytes for each in fitted.values()) <= _KEPT_BYTES:
-        _latest_projection[key] = fitted
+        _latest_projection[key] = fitted, round(time.perf_counter() - began, 3)
     return fitted
 
 
