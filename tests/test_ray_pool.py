@@ -89,6 +89,14 @@ def test_a_map_over_helpers_equals_one_process_bitwise(helpers: Any) -> None:
     assert pool.worker_count == 3
 
 
+def test_items_go_to_the_worker_that_computed_them_before(helpers: Any) -> None:
+    pool = _RayPool(lambda: helpers)
+    shared = {"scale": np.float64(0.1), "sleep": 0.02}
+    calls = [[pid for _, pid in pool.map(block_sum, list(range(9)), shared)] for _ in range(4)]
+    assert len(set(calls[0])) == 3
+    assert calls[1:] == calls[:-1]
+
+
 def test_a_map_without_helpers_or_items_works(helpers: Any) -> None:
     assert _RayPool(dict).map(spoilt_from_three, [0, 1]) == [0, 1]
     assert _RayPool(lambda: helpers).map(spoilt_from_three, []) == []

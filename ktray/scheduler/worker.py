@@ -38,6 +38,8 @@ from ktray.scheduler.worker_registry import WorkerShape
 from ktray.stores import open_store
 from ktray.stores.locks import lock_store_shared
 
+LEADER = ""  # the name of the worker that runs the stage, in a call of `map`
+PATIENCE_SECONDS = 0.2  # for which an item waits for the worker that computed it in the call before
 Helpers = Callable[[], Mapping[str, Any]]
 to_bytes: Callable[[Any], bytes] = cloudpickle.dumps
 
@@ -52,6 +54,9 @@ class _RayPool:
     def __init__(self, helpers: Helpers) -> None:
         self._helpers = helpers
         self._worked = set[str]()  # helpers that have returned a result
+        self._takers: dict[
+            bytes, dict[int, str]
+        ] = {}  # first and number of the items of a call -> index -> who computed it last
 
     @property
     def worker_count(self) -> int:
@@ -62,25 +67,38 @@ class _RayPool:
         return 1 + len(self._worked)
 
     def map(self, function: Callable[[Item, Any], Result], items: Sequence[Item], shared: Any = None) -> list[Result]:
-        return _MapCall(function, items, shared, self._worked).run(self._helpers)
+        takers = self._takers.setdefault(to_bytes((len(items), items[0])), {}) if items else {}
+        return _MapCall(function, items, shared, self._worked, takers).run(self._helpers)
 
 
 class _MapCall:
     """One call of `map`. The leader and a thread per helper each take the next index until none is left.
 
-    Values travel as bytes, so that all workers get copies that they may write to.
+    A worker first takes items that it computed in the call before, of which it may know something, then those of nobody, then,
+    after a while, those of others. Values travel as bytes, so that all workers get copies that they may write to.
 
     Args:
         worked: names of helpers that have returned a result are added to it.
+        takers: who computed which index in the call before, such as `LEADER`; it is brought up to date.
     """
 
-    def __init__(self, function: Callable[[Any, Any], Any], items: Sequence[Any], shared: Any, worked: set[str]) -> None:
+    def __init__(
+        self,
+        function: Callable[[Any, Any], Any],
+        items: Sequence[Any],
+        shared: Any,
+        worked: set[str],
+        takers: dict[int, str],
+    ) -> None:
         self.function, self.items, self.shared, self.worked = function, items, shared, worked
         self.name = uuid.uuid4().hex
         self.changed = threading.Condition()
         self.results: dict[int, Any] = {}
         self.errors: dict[int, BaseException] = {}
-        self.waiting = list(reversed(range(len(items))))
+        self.takers, self.began = takers, time.monotonic()
+        self.waiting: dict[str | None, list[int]] = {}  # who computed them before -> indices, the next one last
+        for index in reversed(range(len(items))):
+            self.waiting.setdefault(takers.get(index), []).append(index)
         self.sent: dict[int, float] = {}  # index -> when a helper took it
         self.longest_seconds = 0.0
         self.ended = False
@@ -93,7 +111,7 @@ class _MapCall:
             while not self._is_done():
                 lent = helpers()
                 self.lent = set(lent)
-                for name, handle in lent.items() if len(self.waiting) > 1 else ():
+                for name, handle in lent.items() if sum(map(len, self.waiting.values())) > 1 else ():
                     if name not in self.engaged:
                         self.engaged.add(name)
                         self._engage_helper(name, handle)
@@ -105,7 +123,7 @@ class _MapCall:
                     continue
                 began = time.monotonic()
                 try:
-                    self._note_result(index, self.function(self.items[index], self.shared), began)
+                    self._note_result(index, self.function(self.items[index], self.shared), began, LEADER)
                 except Exception as error:  # noqa: BLE001 - raised below, if it is the first in the order of the items
                     self._note_error(index, error)
         finally:
@@ -122,7 +140,7 @@ class _MapCall:
 
     def _send_items(self, name: str, handle: Any) -> None:
         """Send one item after the other to a helper, until none is left, the helper takes no more, or it is lent elsewhere."""
-        while name in self.lent and (index := self._take_for_helper(began := time.monotonic())) is not None:
+        while name in self.lent and (index := self._take_for_helper(name, began := time.monotonic())) is not None:
             item = to_bytes(self.items[index])
             try:
                 reply = ray.get(handle.run_map_item.remote(self.name, self.function_ref, item))
@@ -132,27 +150,27 @@ class _MapCall:
                 with self.changed:
                     if index in self.sent:
                         del self.sent[index]
-                        self.waiting.append(index)
+                        self.waiting.setdefault(None, []).append(index)
                         self.changed.notify_all()
                 return
             self.worked.add(name)
             succeeded, value = cloudpickle.loads(reply)
             if succeeded:
-                self._note_result(index, value, began)
+                self._note_result(index, value, began, name)
             else:
                 self._note_error(index, value)
         self.engaged.discard(name)  # it may be lent to this call again
 
-    def _take_for_helper(self, now: float) -> int | None:
+    def _take_for_helper(self, name: str, now: float) -> int | None:
         with self.changed:
-            index = self._pop_waiting_index()
+            index = self._pop_waiting_index(name)
             if index is not None:
                 self.sent[index] = now
             return index
 
     def _take_for_leader(self, now: float) -> int | None:
         with self.changed:
-            index = self._pop_waiting_index()
+            index = self._pop_waiting_index(LEADER)
             if index is not None or not self.sent:
                 return index
             oldest = min(self.sent, key=lambda each: self.sent[each])
@@ -161,15 +179,21 @@ class _MapCall:
             del self.sent[oldest]  # its helper is slow: the leader computes it, too, and the first result counts
             return oldest
 
-    def _pop_waiting_index(self) -> int | None:
+    def _pop_waiting_index(self, name: str) -> int | None:
         if self.ended or self.errors:
             # As in a plain loop, nothing starts after the first error.
-            self.waiting = [index for index in self.waiting if not self.ended and index < min(self.errors)]
-        return self.waiting.pop() if self.waiting else None
+            for taker, indices in self.waiting.items():
+                self.waiting[taker] = [index for index in indices if not self.ended and index < min(self.errors)]
+        here = {LEADER, *self.lent} if time.monotonic() - self.began < PATIENCE_SECONDS else set()
+        for taker in (name, None, *(other for other in self.waiting if other not in here)):
+            if self.waiting.get(taker):
+                return self.waiting[taker].pop()
+        return None
 
-    def _note_result(self, index: int, value: Any, began: float) -> None:
+    def _note_result(self, index: int, value: Any, began: float, name: str) -> None:
         with self.changed:
-            self.results.setdefault(index, value)
+            if index not in self.results:
+                self.results[index], self.takers[index] = value, name
             self.sent.pop(index, None)
             self.longest_seconds = max(self.longest_seconds, time.monotonic() - began)
             self.changed.notify_all()
