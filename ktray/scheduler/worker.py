@@ -111,11 +111,11 @@ class _MapCall:
             while not self._is_done():
                 lent = helpers()
                 self.lent = set(lent)
-                for name, handle in lent.items() if sum(map(len, self.waiting.values())) > 1 else ():
+                index = self._take_for_leader(time.monotonic())  # first: of unequal items, the first ones are the larger
+                for name, handle in lent.items() if any(self.waiting.values()) else ():
                     if name not in self.engaged:
                         self.engaged.add(name)
                         self._engage_helper(name, handle)
-                index = self._take_for_leader(time.monotonic())
                 if index is None:
                     with self.changed:
                         if not self._is_done():
