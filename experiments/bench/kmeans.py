@@ -43,7 +43,7 @@ from ktray.artifact import Artifact
 from ktray.clustering import gpu_kmeans, kmeans, projection
 from ktray.clustering.grid import Codebook, Grid
 from ktray.pool import LocalPool
-from ktray.scheduler.resources import RuntimeSettings
+from ktray.scheduler.resources import SPLITTABLE, ResourceRequest, RuntimeSettings
 
 SHARD_ROWS = 4096  # as the stage of features writes them
 PART_ROWS = 65536  # made or judged at a time
@@ -320,7 +320,8 @@ def compare_whole_runs(problem: Problem, workers: int, repeats: int, folder: Pat
     faiss.omp_set_num_threads(workers)
     shape = {"rows": len(problem.rows), "width": problem.rows.shape[1], "k": problem.k, "iterations": problem.iterations}
     found: dict[str, list[dict[str, float]]] = {"ktray through Ray": [], "faiss": []}
-    with stages_on_ray(folder, RuntimeSettings(cpus=workers)) as cluster:
+    on_cpus = {**SPLITTABLE, "clusters": ResourceRequest(gpus=0, helpers=workers)}
+    with stages_on_ray(folder, RuntimeSettings(cpus=workers, stages=on_cpus)) as cluster:
         for repeat in range(repeats + 1):
             before, began = _processor_seconds(), time.perf_counter()
             made = cluster(problem.shards, problem.k, problem.iterations).record
