@@ -232,6 +232,33 @@ def _centroid_kernel(  # type: ignore[no-untyped-def]
         tl.store(drift + number, distance.to(tl.float32), mask=exists)
 
 
+@triton.jit  # type: ignore[untyped-decorator]
+def _square_kernel(  # type: ignore[no-untyped-def]
+    rows, high, low, width, scale, BLOCK: tl.constexpr
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.int64)
+    near = tl.zeros((BLOCK,), tl.float64)
+    for start in range(0, width, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        x = (tl.load(rows + row * width + at, mask=at < width, other=0.0).to(tl.float64) * scale).to(tl.int64)
+        total += x * x
+        near += x.to(tl.float64) * x.to(tl.float64)
+    word, approximate = tl.sum(total, axis=0), tl.sum(near, axis=0)
+    unsigned = word.to(tl.float64) + tl.where(word < 0, 18446744073709551616.0, 0.0)
+    tl.store(high + row, _whole((approximate - unsigned) / 18446744073709551616.0).to(tl.int64))
+    tl.store(low + row, word)
+
+
+def squares(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """High and low words (n,) int64 of the exact |x|^2 of rows (n, d) float32, multiples of 2**-bits, in squared steps."""
+    width = rows.shape[1]
+    high, low = (torch.empty(len(rows), dtype=torch.int64, device=rows.device) for _ in range(2))
+    block = min(1024, triton.next_power_of_2(width))
+    _square_kernel[(len(rows),)](rows, high, low, width, 2.0**bits, BLOCK=block, num_warps=4)
+    return high, low
+
+
 def centroids(
     points: Tensor, sums: Tensor | None, sizes: Tensor | None, bits: int, padded: int, dtype: torch.dtype,
     row_scale: float, per_square: float, words: Tensor | None,

@@ -204,7 +204,7 @@ def _iterate_singly(
             unclear += engine.assign(piece, candidates, known[index])
             relabelled += engine.update(sums, sizes, piece, old, known[index].labels)
             if squares is None:
-                added += _sum_of_squares(piece.rows, of_rows.bits)
+                added += _sum_of_squares(piece.rows, of_rows.bits, engine.kernels)
         squares, searched = added if squares is None else squares, searched + total
         following = engine.following(candidates, sums, sizes, words)
         high, low, whole_sizes = words.cpu().numpy().reshape(3, k)
@@ -242,7 +242,7 @@ def _iterate_ahead(
     iterations after it do not count: returned is the state before it, from which `iterate` goes on; nothing for the first one.
     """
     ahead = _Ahead(engine, torch.from_numpy(initial).to(engine.device))
-    squares, total = _sum_of_squares(ahead.piece.rows, of_rows.bits), sum(engine.piece_counts)
+    squares, total = _sum_of_squares(ahead.piece.rows, of_rows.bits, engine.kernels), sum(engine.piece_counts)
     inertia: list[float] = []
     unclear = 0
     before = ahead.candidates.points  # the centroids of the last iteration that counts
@@ -765,13 +765,23 @@ def _words(high: Tensor, low: Tensor) -> grid.Words:
     return high.cpu().numpy(), low.cpu().numpy().view(np.uint64)
 
 
-def _sum_of_squares(rows: Tensor, bits: int) -> int:
+def _sum_of_squares(rows: Tensor, bits: int, kernels: Any) -> int:
     """The sum of |x|^2 of rows in squared steps."""
-    total, step = 0, max(1, _VALUES // rows.shape[1])
+    squares = kernels.squares if kernels else _squares
+    total, step = 0, max(1, len(rows) if kernels else _VALUES // rows.shape[1])
     for start in range(0, len(rows), step):
-        whole = (rows[start : start + step].to(torch.float64) * 2.0**bits).to(torch.int64)
-        total += grid.total_of(_words(*_inner_products(whole, whole)))
+        high, low = squares(rows[start : start + step], bits)
+        # Halves of the low words, which are unsigned: sums of up to 2^31 of them fit into int64.
+        halves = (high, (low >> 32) & 0xFFFFFFFF, low & 0xFFFFFFFF)
+        of_high, of_upper, of_lower = torch.stack([half.sum() for half in halves]).cpu().tolist()
+        total += (of_high << 64) + (of_upper << 32) + of_lower
     return total
+
+
+def _squares(rows: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """As `gpu_kernels.squares`."""
+    whole = (rows.to(torch.float64) * 2.0**bits).to(torch.int64)
+    return _inner_products(whole, whole)
 
 
 def _decide(
