@@ -21,6 +21,7 @@ from ktray.runs.interruption import Interruption
 from ktray.runs.settings import Settings
 from ktray.runs.simulation import _NoTracker
 from ktray.search.study import Study
+from ktray.tracking import Unwritten
 from tests.searches import Home
 from tests.searches import toy_space as search_space
 from tests.toy_space import drive, toy_space
@@ -117,7 +118,7 @@ def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, mon
     settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")
     said: list[str] = []
     display: Any = type("Heard", (_NoTracker,), {"say": staticmethod(said.append)})()
-    tracker: Any = type("Deaf", (_NoTracker,), {"close": lambda self, *given: None})()
+    tracker: Any = type("Deaf", (_NoTracker,), {"close": lambda self, *given: None, "unwritten": lambda self: Unwritten(waiting=1)})()
     search_run.search_study(space, search_run.SearchOptions("toy"), settings, tracker, Interruption(), display)
     assert drawn == [64]
     assert said == ["64 trials run at a time, not 500: each waits in a process on this machine"]

@@ -39,7 +39,7 @@ from ktray.stores import open_store
 from ktray.stores.locks import lock_store_shared
 
 LEADER = ""  # the name of the worker that runs the stage, in a call of `map`
-PATIENCE_SECONDS = 0.2  # for which an item waits for the worker that computed it in the call before
+RESERVED_SECONDS = 0.2  # for which an item is reserved for the worker that computed it in the call before
 Helpers = Callable[[], Mapping[str, Any]]
 to_bytes: Callable[[Any], bytes] = cloudpickle.dumps
 
@@ -184,7 +184,7 @@ class _MapCall:
             # As in a plain loop, nothing starts after the first error.
             for taker, indices in self.waiting.items():
                 self.waiting[taker] = [index for index in indices if not self.ended and index < min(self.errors)]
-        here = {LEADER, *self.lent} if time.monotonic() - self.began < PATIENCE_SECONDS else set()
+        here = {LEADER, *self.lent} if time.monotonic() - self.began < RESERVED_SECONDS else set()
         for taker in (name, None, *(other for other in self.waiting if other not in here)):
             if self.waiting.get(taker):
                 return self.waiting[taker].pop()

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ktray import plugins
+from ktray import plugins, progress
 from ktray.artifact import Artifact, Stage
 from ktray.checksums import intact
 from ktray.clustering import grid, kmeans, projection, pseudo_labelling
@@ -62,6 +62,7 @@ def run(
     shards, spec = extraction.shards(inputs["features"].directory), stage.spec
     if inputs["clusters"].record["inputs"]["features"] == inputs["features"].key and (clusters / LABELS).exists():
         labels = np.load(intact(clusters / LABELS), allow_pickle=False).astype(np.int64)  # the same images were clustered
+        progress.advance("shards", len(shards))
     else:
         with rows_of(shards, spec, out) as rows:
             labels = pseudo_labelling.assign(rows, codebook, project, context.pool)
