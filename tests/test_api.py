@@ -118,7 +118,8 @@ def test_no_more_than_64_trials_run_at_a_time_and_it_is_said(tmp_path: Path, mon
     settings = Settings(tmp_path, f"file://{tmp_path / 'store'}")
     said: list[str] = []
     display: Any = type("Heard", (_NoTracker,), {"say": staticmethod(said.append)})()
-    tracker: Any = type("Deaf", (_NoTracker,), {"close": lambda self, *given: None, "unwritten": lambda self: Unwritten(waiting=1)})()
+    answers = {"close": lambda self, *given: None, "unwritten": lambda self: Unwritten(waiting=1)}
+    tracker: Any = type("Deaf", (_NoTracker,), answers)()
     search_run.search_study(space, search_run.SearchOptions("toy"), settings, tracker, Interruption(), display)
     assert drawn == [64]
     assert said == ["64 trials run at a time, not 500: each waits in a process on this machine"]
