@@ -41,8 +41,8 @@ from ktray.scheduler.messages import (
 from ktray.scheduler.ray_cluster import (
     classify_worker_loss,
     is_process_alive_on_its_node,
-    kill_all_workers,
     kill_process_on_node,
+    kill_workers_of_scheduler,
     resources_of_alive_nodes,
     this_process,
     worker_names,
@@ -103,7 +103,7 @@ class Broker:
         self._watchers: set[asyncio.Task[None]] = set()
         # Workers of an earlier scheduler are killed before any new one exists; Ray frees their names only some time later.
         restarted = ray.get_runtime_context().was_current_actor_reconstructed
-        self._registry.exclude_names([] if restarted else kill_all_workers(config.namespace))
+        self._registry.exclude_names([] if restarted else kill_workers_of_scheduler(config.namespace))
         self._survivors = worker_names(config.namespace) if restarted else []
         self._core.first_heartbeats.note_broker_restart(self._survivors, now)
         threading.Timer(runtime.idle_exit_seconds, self._exit_if_never_called).start()
@@ -183,7 +183,7 @@ class Broker:
         """Kill all workers, then this process."""
         for handle in self._handles.values():
             ray.kill(handle)
-        kill_all_workers(self._config.namespace)
+        kill_workers_of_scheduler(self._config.namespace)
         self._exit()
 
     # ---- calls of workers

@@ -306,7 +306,7 @@ class SchedulerCore:
         runs = [self.running[key] for key in exclusive & self.running.keys()]
         self._exclusivity.reserve_nodes((run, self._resources_for(run.stage)) for run in runs)
         capacity = DispatchCapacity(self.registry, now)
-        for pending in self.requests.ready_among(exclusive):
+        for pending in self.requests.startable_among(exclusive):
             if pending.stage.key in self.requests.pending:
                 self._place_stage(pending, capacity)
         full: set[str] = set()
@@ -383,17 +383,19 @@ class SchedulerCore:
         family, attempt = self._startable_family(stage), self.new_attempt()
         self._open_attempt(worker, family, attempt, now)
         whole = replace(stage, computed_with=tuple(family[1:])) if len(family) > 1 else stage
-        self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusivity.takes_small_batches(stage.key)))
+        self.outbox.append(AssignStage(worker.name, whole, attempt, self._exclusivity.must_use_small_batches(stage.key)))
         self.outbox += [SchedulerEvent(STARTED, member.key, member.name, worker.name) for member in family]
 
     def _startable_family(self, stage: Stage) -> list[Stage]:
         """The stage and, after it, those of its family that can start now and run together with it."""
-        if not stage.family or self._runs_individually(stage.key):
+        if not stage.family or self._runs_without_family(stage.key):
             return [stage]
-        others = [other for other in self.requests.other_ready_family_members(stage) if not self._runs_individually(other.key)]
+        others = [
+            other for other in self.requests.other_ready_family_members(stage) if not self._runs_without_family(other.key)
+        ]
         return [stage, *others[: MAX_FAMILY - 1]]
 
-    def _runs_individually(self, key: str) -> bool:
+    def _runs_without_family(self, key: str) -> bool:
         return key in self._split or key in self._exclusivity
 
     def _lend_idle_workers(self, capacity: DispatchCapacity) -> None:

@@ -240,7 +240,7 @@ class ExclusivityPolicy:
         """The stages that must run exclusively."""
         return {*self._raised_out_of_memory, *self._killed_for_memory}
 
-    def takes_small_batches(self, key: str) -> bool:
+    def must_use_small_batches(self, key: str) -> bool:
         """Whether the stage must send fewer images at a time through its network."""
         return key in self._raised_out_of_memory
 

@@ -244,7 +244,7 @@ def evict_idle(capacity: DispatchCapacity, shape: WorkerShape) -> list[Worker]:
             for worker in [each for each in capacity.all_workers_by_node[node] if each.name in names and each.uses(part)]:
                 worker.retiring = True
                 evicted.append(worker)
-                if _node_has_room_after_retirement(capacity, node, shape):
+                if _node_has_room_once_retiring_workers_left(capacity, node, shape):
                     return evicted
             for worker in evicted:
                 worker.retiring = False
@@ -290,10 +290,10 @@ def _has_room_after_retirement(capacity: DispatchCapacity, shape: WorkerShape) -
     """Whether a shape that has no room now will have it once the workers that already retire are gone."""
     if not capacity.registry.reserved and not any(worker.retiring for worker in capacity.registry.workers.values()):
         return False
-    return any(_node_has_room_after_retirement(capacity, node, shape) for node in capacity.registry.nodes)
+    return any(_node_has_room_once_retiring_workers_left(capacity, node, shape) for node in capacity.registry.nodes)
 
 
-def _node_has_room_after_retirement(capacity: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
+def _node_has_room_once_retiring_workers_left(capacity: DispatchCapacity, name: str, shape: WorkerShape) -> bool:
     """Whether a node has room once its retiring workers are gone."""
     node, staying = capacity.registry.nodes[name], [each for each in capacity.all_workers_by_node[name] if not each.retiring]
     cpus = node.cpus - sum(worker.shape.cpus for worker in staying)

@@ -71,7 +71,7 @@ def worker_names(namespace: str) -> list[str]:
     return [actor["name"] for actor in actors if actor["namespace"] == namespace and actor["name"].startswith(WORKER_PREFIX)]
 
 
-def kill_all_workers(namespace: str) -> list[str]:
+def kill_workers_of_scheduler(namespace: str) -> list[str]:
     """Kill the workers of a scheduler; returns their names."""
     names = worker_names(namespace)
     for name in names:

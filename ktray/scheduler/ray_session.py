@@ -148,7 +148,7 @@ def start_ray(session: RaySession) -> None:
     """
     try:
         os.environ.update(RAY_ENVIRONMENT)
-        _redirect_output(session.log)
+        _redirect_ray_messages(session.log)
         if session.ends_process:
             with open(session.log, "a") as file:
                 os.dup2(file.fileno(), 2)
@@ -157,7 +157,7 @@ def start_ray(session: RaySession) -> None:
                 _start_own_ray(session)
             else:
                 _connect(session, session.address)
-        _redirect_output(session.log)
+        _redirect_ray_messages(session.log)
         session.started = True
         atexit.register(stop, session)
     except BaseException:
@@ -386,7 +386,7 @@ def _enable_token() -> None:
     reload_ray_config()
 
 
-def _redirect_output(log: Path) -> None:
+def _redirect_ray_messages(log: Path) -> None:
     """Redirect Ray's output to a file: its loggers, and the lines that it prints whatever `log_to_driver` says."""
     handler = logging.FileHandler(log, delay=True)
     handler.handleError = lambda record: None  # type: ignore[method-assign]  # a full disk: lost log lines are not worth a traceback

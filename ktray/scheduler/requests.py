@@ -112,7 +112,7 @@ class _PendingGraph:
         """Whether a stage is ready; one that is pending otherwise is not in here."""
         return key in self._ranks and key not in self._running and not self._open_dependencies[key]
 
-    def ready_among(self, keys: Iterable[str]) -> list[str]:
+    def startable_among(self, keys: Iterable[str]) -> list[str]:
         """Those of `keys` that are ready, best first."""
         return [key for _, key in sorted((self._ranks[key], key) for key in keys if key in self)]
 
@@ -422,13 +422,13 @@ class RequestTable:
         """
         return (self.pending[key] for key in self.pending_graph if key in self.pending)
 
-    def ready_among(self, keys: Collection[str]) -> list[PendingStage]:
+    def startable_among(self, keys: Collection[str]) -> list[PendingStage]:
         """Those of `keys` that `ready_stages` would give, in its order."""
-        return [self.pending[key] for key in self.pending_graph.ready_among(keys)]
+        return [self.pending[key] for key in self.pending_graph.startable_among(keys)]
 
     def other_ready_family_members(self, stage: Stage) -> list[Stage]:
         """The other ready stages of this stage's family, in the order of `ready_stages`."""
-        return [pending.stage for pending in self.ready_among(self._families.get(stage.family, set()) - {stage.key})]
+        return [pending.stage for pending in self.startable_among(self._families.get(stage.family, set()) - {stage.key})]
 
     def _rank_of(self, pending: PendingStage) -> tuple[float, float, float, int]:
         trials = pending.waiting_trials or len(pending.requests)  # or prefetches, which stand for trials to come
