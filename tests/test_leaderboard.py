@@ -34,6 +34,15 @@ def test_pairs_of_one_name_are_told_apart_by_what_they_differ_in(tmp_path: Path)
     assert [line.rpartition("  ")[2] for line in found[2:4]] == ["lr 0.0123", "lr 0.05"]
 
 
+def test_those_that_are_level_with_the_best_are_marked_and_the_mark_is_explained(tmp_path: Path) -> None:
+    shown(tmp_path, *({**HOG, "student.schedule.lr": lr} for lr in (0.05, 0.06, 0.07)))
+    study = history.read_study(tmp_path, "toy")
+    found = leaderboard(study, tmp_path, 9, level={1}).splitlines()
+    assert [line.partition("  ")[0] for line in found[2:5]] == ["2", "1 ~", "0"]
+    assert sum(line.startswith("~ ") for line in found) == 1
+    assert "~" not in leaderboard(study, tmp_path, 9)
+
+
 def test_where_every_name_is_another_there_is_no_such_column(tmp_path: Path) -> None:
     found = shown(tmp_path, {**HOG, "student.schedule.lr": 0.05}, {**HOG, "transfer.k": 10})
     assert found[0].endswith("added")

@@ -68,6 +68,8 @@ MISSPELT = {
     "vit-tiny-patch16-224": "vit_tiny_patch16_224",
     " resnet18": "resnet18",
     "timm/vgg11": "vgg11",
+    "ResNet-50": "resnet50",
+    "DenseNet-121": "densenet121",
 }
 
 

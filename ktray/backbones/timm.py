@@ -44,6 +44,7 @@ class Spec(StrictSpec):
         plain = name.lower().replace("-", "_")
         if model == plain and re.fullmatch(r"[a-z0-9_]+", plain):
             return model
+        plain = next((each for each in (plain, name.lower().replace("-", "")) if _exists(each)), plain)
         if not re.fullmatch(r"[a-z0-9_]+", plain):
             raise ValueError(f"{model!r} is no name of timm's, which are small letters, digits and '_', such as resnet18")
         if not dot:
@@ -52,6 +53,15 @@ class Spec(StrictSpec):
             f"{dot + tag!r} names pretrained weights, and this network starts untrained: write model: {plain}, and give the "
             f"weights of a teacher as a file, {{checkpoint: FILE, backbone: {{kind: timm, model: {plain}}}}}"
         )
+
+
+def _exists(model: str) -> bool:
+    """Whether the timm that is installed has this model; no where none is."""
+    try:
+        from timm import is_model
+    except ImportError:
+        return False
+    return bool(is_model(model))
 
 
 Tokens = Literal["cls", "patches", "cls+patches", "all"]

@@ -64,7 +64,7 @@ def still_failed(trials: Sequence[Trial]) -> bool:
 
 def _row(trial: Trial, objectives: Sequence[tuple[str, str]], more: list[str], level: bool) -> tuple[float, list[str]]:
     values = [trial.objectives[metric] for metric, _ in objectives]
-    cells = [str(trial.number), *component_names(trial)]
+    cells = [f"{trial.number} ~" if level else str(trial.number), *component_names(trial)]
     cost = [f"{trial.cost.get('seconds', 0):.1f}", f"{trial.cost.get('marginal_seconds', 0):.1f}"]
     return values[0], [*cells, *(f"{value:.4g}" for value in values), *cost, *more]
 

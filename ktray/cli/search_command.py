@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from ktray.search.history import StudySnapshot
 
 HELP = "search a space; the same command resumes"
+SHOWN = 10  # of the best trials, once it has ended
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +85,9 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
     from ktray.errors import SearchStopped, StageFailed
     from ktray.pipeline.pair_metrics import unreadable_images
     from ktray.runs.search_run import unwritten_events
+    from ktray.runs.uncertainty import level_with_best
     from ktray.search.history import read_study
+    from ktray.search.ranking import ranked
 
     study = read_study(settings.home, outcome.study)
     answer = _answer(outcome, study, settings)
@@ -94,7 +97,9 @@ def _finish(outcome: SearchOutcome, args: argparse.Namespace, settings: Settings
     failed = still_failed(study.trials)
     gap = unwritten_events(outcome, settings)
     footer = _footer(answer, outcome, home, args.command if failed else "", bool(gap), settings)
-    print_result(args, answer, f"\n{leaderboard(study, settings.home, top=10)}\n{footer}")
+    best = ranked(study.trials, study.objectives)[:SHOWN]
+    level = level_with_best(best, study.objectives[0][0], settings.open_store())
+    print_result(args, answer, f"\n{leaderboard(study, settings.home, SHOWN, best, level)}\n{footer}")
     if gap:
         settings.print_info(f"ktray: {gap}")
     if outcome.stopped:
@@ -142,6 +147,7 @@ def _footer(
         hints[f"ktray report {outcome.study}{home}"] = "one HTML file"
         if has_test_split(answer["best"]["keys"], settings.open_store()):
             hints[f"ktray best {outcome.study} --test{home}"] = "judge the winners on the test split"
+        hints[f"ktray export {outcome.study} student/{home}"] = "the best student"
     else:
         hints[f"ktray show {outcome.study}{home}"] = "what became of each trial"
     if again:
