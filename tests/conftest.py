@@ -68,7 +68,7 @@ class SchedulerFactory:
         runtime = RuntimeSettings(**{"cpus": 2, "stages": TOY_REQUESTS, **settings})
         session = dataclasses.replace(self.session, runtime=runtime, on_stop=self.cleanups)
         scheduler = connect(session, f"file://{store}", work or toy_work.work)
-        self.cleanups.append(scheduler.shut_down)
+        self.cleanups.append(scheduler.shut_down_for_all_drivers)
         return scheduler
 
     def end(self) -> None:

@@ -16,7 +16,12 @@ import psutil
 import pytest
 
 from ktray.scheduler import ray_liveness
-from ktray.scheduler.ray_liveness import failure_check_of_cluster, failure_check_of_own_ray, failure_check_of_processes, watch
+from ktray.scheduler.ray_liveness import (
+    make_cluster_failure_check,
+    make_own_ray_failure_check,
+    make_process_failure_check,
+    watch,
+)
 from tests.searches import until
 
 SLEEP = "import time; time.sleep(600)"
@@ -31,7 +36,7 @@ def child() -> Iterator[subprocess.Popen[bytes]]:
 
 
 def test_a_process_that_runs_or_stands_still_is_alive_and_one_that_was_killed_is_not(child: subprocess.Popen[bytes]) -> None:
-    failure = failure_check_of_processes({"GCS": psutil.Process(child.pid)})
+    failure = make_process_failure_check({"GCS": psutil.Process(child.pid)})
     assert failure() is None
     os.kill(child.pid, signal.SIGSTOP)
     until(lambda: psutil.Process(child.pid).status() == psutil.STATUS_STOPPED, 10)
@@ -46,7 +51,7 @@ def test_a_process_lives_on_when_the_clock_of_its_machine_is_set(
     child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watched = psutil.Process(child.pid)
-    failure = failure_check_of_processes({"GCS": watched})
+    failure = make_process_failure_check({"GCS": watched})
     assert failure() is None
     created = watched.create_time()
     monkeypatch.setattr(psutil.Process, "create_time", lambda process: created if process is watched else created + 1)
@@ -84,7 +89,7 @@ def test_our_own_ray_is_watched_from_when_it_is_there_and_an_earlier_one_is_not(
     has_started: bool, program: str, name: str, programs: Callable[[str, str], subprocess.Popen[bytes]]
 ) -> None:
     earlier = programs(program, WAITS)
-    failure = failure_check_of_own_ray(lambda: has_started)
+    failure = make_own_ray_failure_check(lambda: has_started)
     earlier.kill()
     assert failure() is None
     ours, other = programs(program, WAITS), programs("log_monitor", WAITS)
@@ -100,7 +105,7 @@ def test_our_own_ray_is_watched_from_when_it_is_there_and_an_earlier_one_is_not(
 def test_a_ray_that_does_not_start_says_why_itself_and_one_that_was_killed_before_it_was_seen_counts(
     has_started: bool, programs: Callable[[str, str], subprocess.Popen[bytes]]
 ) -> None:
-    failure = failure_check_of_own_ray(lambda: has_started)
+    failure = make_own_ray_failure_check(lambda: has_started)
     ended = programs("raylet", "exit 1")
     until(lambda: psutil.Process(ended.pid).status() == psutil.STATUS_ZOMBIE, 10)
     assert failure() == (f"its raylet (process {ended.pid}) is gone" if has_started else None)
@@ -115,7 +120,7 @@ def test_a_cluster_whose_gcs_no_longer_answers_is_gone_after_a_while_and_not_if_
     monkeypatch.setattr(ray_liveness, "UNREACHABLE_SECONDS", 3 * ray_liveness.CHECK_SECONDS)
     server = socket.create_server(("127.0.0.1", 0))
     port = server.getsockname()[1]
-    failure = failure_check_of_cluster(f"127.0.0.1:{port}", "f" * 56)
+    failure = make_cluster_failure_check(f"127.0.0.1:{port}", "f" * 56)
     assert failure() is None
     server.close()
     assert [failure() for _ in range(2)] == [None, None]

@@ -308,7 +308,7 @@ def stages_on_ray(folder: Path, runtime: RuntimeSettings) -> Iterator[Cluster]:
             return made
 
         yield cluster
-        scheduler.shut_down()
+        scheduler.shut_down_for_all_drivers()
     finally:
         ray_session.stop(session)
 

@@ -103,7 +103,7 @@ class SchedulerClient:
         events: list[dict[str, Any]] = self._call("events", since)
         return events
 
-    def shut_down(self) -> None:
+    def shut_down_for_all_drivers(self) -> None:
         """End the broker and all workers, for every driver; waiters get `SearchStopped`. For one driver see `disconnect`."""
         with suppress(SearchStopped):
             self._call("shut_down")
@@ -156,7 +156,7 @@ class SchedulerClient:
                 self._await_broker_answer(answer)
                 is_last = ray.get(answer)
             if is_last:
-                self.shut_down()
+                self.shut_down_for_all_drivers()
 
     def _call(self, name: str, *arguments: Any) -> Any:
         with _broker_loss_as_search_stopped():

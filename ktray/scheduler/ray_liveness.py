@@ -66,7 +66,7 @@ def is_process_alive(pid: int, created: float) -> bool:
         return False
 
 
-def failure_check_of_processes(processes: Mapping[str, psutil.Process]) -> FailureCheck:
+def make_process_failure_check(processes: Mapping[str, psutil.Process]) -> FailureCheck:
     """Watches processes of this machine, by their names in a sentence."""
 
     def failure() -> str | None:
@@ -78,7 +78,7 @@ def failure_check_of_processes(processes: Mapping[str, psutil.Process]) -> Failu
     return failure
 
 
-def failure_check_of_own_ray(has_started: Callable[[], bool]) -> FailureCheck:
+def make_own_ray_failure_check(has_started: Callable[[], bool]) -> FailureCheck:
     """Watches the GCS and the raylet that this process starts from now on.
 
     Args:
@@ -92,7 +92,7 @@ def failure_check_of_own_ray(has_started: Callable[[], bool]) -> FailureCheck:
         if len(found) < len(ESSENTIAL):
             found.update(_essential_processes(process for process in psutil.Process().children() if process.pid not in earlier))
         counted = {name: process for name, process in found.items() if has_started() or _was_killed(process)}
-        return failure_check_of_processes(counted)()
+        return make_process_failure_check(counted)()
 
     return failure
 
@@ -115,14 +115,14 @@ def _was_killed(child: psutil.Process) -> bool:
     return ended is not None and ended.si_code in (os.CLD_KILLED, os.CLD_DUMPED)
 
 
-def failure_check_of_cluster(address: str, node: str) -> FailureCheck:
+def make_cluster_failure_check(address: str, node: str) -> FailureCheck:
     """Watches a cluster's GCS, by connecting to it, and the raylet of this driver's node.
 
     Args:
         address: HOST:PORT of the GCS.
         node: id of the node to which this process is connected.
     """
-    raylet_failure, host, port = failure_check_of_processes(_raylet_of(node)), *address.rpartition(":")[::2]
+    raylet_failure, host, port = make_process_failure_check(_raylet_of(node)), *address.rpartition(":")[::2]
     silent = 0.0
 
     def failure() -> str | None:

@@ -36,7 +36,7 @@ from ktray.fingerprint import fingerprint
 from ktray.output import VisibleFormatter
 from ktray.scheduler import orphan_cleanup
 from ktray.scheduler.orphan_cleanup import end_ray_processes
-from ktray.scheduler.ray_liveness import failure_check_of_cluster, failure_check_of_own_ray, watch
+from ktray.scheduler.ray_liveness import make_cluster_failure_check, make_own_ray_failure_check, watch
 from ktray.scheduler.resources import RuntimeSettings
 from ktray.stores.locks import FileLock, lock_home
 from ktray.text import visible
@@ -227,7 +227,7 @@ def _start_own_ray(session: RaySession) -> None:
     (session.home / "ray").write_text("".join(f"{folder}\n" for folder in folders))  # before it exists: a kill may come now
     session.temporary.mkdir(mode=0o700)
     session.cleanup = _start_cleanup_process(session.temporary)
-    _watch_ray(session, failure_check_of_own_ray(lambda: session.started))
+    _watch_ray(session, make_own_ray_failure_check(lambda: session.started))
     token = session.home / "token"
     if not token.exists():
         _write_private_file(token, secrets.token_hex(32))
@@ -312,7 +312,7 @@ def _connect(session: RaySession, address: str) -> None:
             "Start one with `ray start --head`.",
         ) from None
     context = ray.get_runtime_context()
-    _watch_ray(session, failure_check_of_cluster(context.gcs_address, context.get_node_id()))
+    _watch_ray(session, make_cluster_failure_check(context.gcs_address, context.get_node_id()))
     if os.environ.get("RAY_AUTH_MODE", "").lower() != "token":
         session.warnings.append(
             f"The cluster at {address} has no token authentication: everybody who reaches it can run code there. "

@@ -82,7 +82,7 @@ class _TeacherRung:
 
     def promoted_count(self) -> int:
         """How many of the teachers judged so far get students: the best share, rounded up."""
-        return math.ceil(len(self._judged) * self._stop.share - 1e-9) if self._stop else 0
+        return math.ceil(len(self._judged) * self._stop.kept_share - 1e-9) if self._stop else 0
 
     def teacher_prune_cause(self, trial: Trial) -> str | None:
         """See `RungScores.teacher_prune_cause`."""

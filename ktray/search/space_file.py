@@ -64,7 +64,7 @@ class TeacherStop(StrictSpec):
         return self
 
     @property
-    def share(self) -> float:
+    def kept_share(self) -> float:
         """The share of the teachers that get students, in (0, 1]."""
         return self.keep if self.keep is not None else 1 / (self.reduction or 1)
 
