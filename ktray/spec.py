@@ -189,7 +189,7 @@ TOLERANCE = "max_unreadable"
 """Field of every data set that decides whether its images are accepted, and not what they are. Every key has its default."""
 
 
-def without_tolerance(data: DataPlugin) -> DataPlugin:
+def without_max_unreadable(data: DataPlugin) -> DataPlugin:
     """The data set with the default of the tolerated share of unreadable images."""
     fields: Mapping[str, Any] = type(data).model_fields  # type: ignore[attr-defined]
     return data.model_copy(update={TOLERANCE: fields[TOLERANCE].default})

@@ -24,7 +24,7 @@ from ktray.runs.repeated_images import repeated_images, warnings_about
 from ktray.runs.settings import Settings
 from ktray.search.space import Space
 from ktray.search.trial import Trial
-from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher, teachers_of, without_tolerance
+from ktray.spec import DataRoles, DataSpec, PairSpec, PrecomputedTeacher, teachers_of, without_max_unreadable
 from ktray.text import as_read, counted, shown, some_of, visible_name
 from ktray.yaml_file import parse_yaml
 
@@ -344,7 +344,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
     Raises:
         UserError: it names the data that have changed.
     """
-    specs = {canonical(without_tolerance(spec).model_dump(mode="json")): spec for spec in _data_specs(space)}
+    specs = {canonical(without_max_unreadable(spec).model_dump(mode="json")): spec for spec in _data_specs(space)}
     found = {name: identity(spec) for name, spec in specs.items()}
     file = folder / FILE
     has_results = any(trial.state not in ("failed", "duplicate") for trial in trials)
@@ -374,7 +374,7 @@ def refuse_changed_data(space: Space, trials: Iterable[Trial], identity: Identit
 def _with_default_tolerance(name: str) -> str:
     """The name of noted data, whatever tolerance they were noted with: studies of earlier versions named it."""
     plain = json.loads(name)
-    return canonical(without_tolerance(plugins.parse("dataset", plain)).model_dump(mode="json"))
+    return canonical(without_max_unreadable(plugins.parse("dataset", plain)).model_dump(mode="json"))
 
 
 def _data_specs(space: Space) -> Iterator[DataSpec]:

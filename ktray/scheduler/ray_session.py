@@ -156,7 +156,7 @@ def start_ray(session: RaySession) -> None:
             if session.address is None:
                 _start_own_ray(session)
             else:
-                _connect(session, session.address)
+                _connect_to_cluster(session, session.address)
         _redirect_ray_messages(session.log)
         session.started = True
         atexit.register(stop, session)
@@ -283,7 +283,7 @@ def actor_runtime_env(session: RaySession) -> dict[str, Any] | None:
     return None if session.environment == wanted else {"env_vars": wanted}
 
 
-def _connect(session: RaySession, address: str) -> None:
+def _connect_to_cluster(session: RaySession, address: str) -> None:
     import ray
 
     if address == "auto":

@@ -25,13 +25,13 @@ MAX_RANDOM_TRIES = 1_000  # random draws without an unseen one after which a lar
 
 def pair_identity(pair: Mapping[str, Any]) -> str:
     """Hash of a pair as plain data, equal for pairs that differ only in how many unreadable images they tolerate."""
-    return fingerprint(_without_tolerance(pair))
+    return fingerprint(_without_max_unreadable(pair))
 
 
-def _without_tolerance(value: Any) -> Any:
+def _without_max_unreadable(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {name: _without_tolerance(each) for name, each in value.items() if name != TOLERANCE}
-    return [_without_tolerance(each) for each in value] if isinstance(value, list | tuple) else value
+        return {name: _without_max_unreadable(each) for name, each in value.items() if name != TOLERANCE}
+    return [_without_max_unreadable(each) for each in value] if isinstance(value, list | tuple) else value
 
 
 NoDraw = Literal["exhausted", "too_expensive"]

@@ -104,7 +104,7 @@ class Observations:
         best = self._best(len(self) if len(self) <= limit else limit // 2)
         chosen = set(best)
         others = [number for number in self._with_result[-limit:] if number not in chosen]
-        numbers = [*best, *self._ranked(others[max(0, len(best) + len(others) - limit) :])]
+        numbers = [*best, *self._sorted_by_first_objective(others[max(0, len(best) + len(others) - limit) :])]
         pending = sorted(self._pending)[-(limit // 2) :]
         return [self._trials[number] for number in numbers], [self._trials[number] for number in pending]
 
@@ -115,7 +115,7 @@ class Observations:
         reached, _ = trial.last_rung_and_score or (0, 0.0)
         return sum(rung > reached for rung in rung_epochs(self._stop, trial.total_epochs))
 
-    def _ranked(self, numbers: Iterable[int]) -> list[int]:
+    def _sorted_by_first_objective(self, numbers: Iterable[int]) -> list[int]:
         """These trials, best first, by the first objective."""
 
         def order(number: int) -> tuple[int, int, float, int]:

@@ -47,7 +47,7 @@ class Space:
         Raises:
             UserError: fields or operators are invalid.
         """
-        document = space_file.validate(content, source)
+        document = space_file.parse_fields(content, source)
         found: list[SpecProblem] = []
         root = space_tree.parse_tree(document.pair, (), found)
         if not found and sum(1 for _ in space_tree.parameters_with_conditions(root)) > MAX_PARAMETERS:

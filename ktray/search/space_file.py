@@ -233,7 +233,7 @@ def _value_or_branch(old: Any, value: Any, where: str) -> Any:
     return {"one_of": {value: branches[value]}}
 
 
-def validate(content: Mapping[str, Any], source: str) -> SpaceFile:
+def parse_fields(content: Mapping[str, Any], source: str) -> SpaceFile:
     """The content of a space's file as specs.
 
     Raises:

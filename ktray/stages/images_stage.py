@@ -12,7 +12,7 @@ from ktray.artifact import Artifact, Stage
 from ktray.errors import UserError
 from ktray.images import Images, own_crop
 from ktray.pool import StageContext
-from ktray.spec import TOLERANCE, DataSpec, without_tolerance
+from ktray.spec import TOLERANCE, DataSpec, without_max_unreadable
 from ktray.text import some_of
 
 IDENTITY, REVISION = "stage.images", 1
@@ -50,7 +50,7 @@ def stage_of(data: DataSpec, content: str, own: images.OwnCrop | None = None) ->
         own: how a pretrained network expects its images; None for squares of the data's size.
     """
     locations = images.location_fields(data)
-    spec = {**without_tolerance(data).model_dump(exclude=set(locations)), "content": content}
+    spec = {**without_max_unreadable(data).model_dump(exclude=set(locations)), "content": content}
     revisions = plugins.revisions(sys.modules[__name__], data)
     if own is not None:
         spec |= {OWN_CROP: dict(own)}
