@@ -79,3 +79,11 @@ def learning_curve(artifact: Artifact) -> list[dict[str, Any]]:
 
     rows: list[dict[str, Any]] = parquet.ParquetFile(path).read().to_pylist()  # `read_table` imports pandas
     return rows
+
+
+def prefixed_curve(artifact: Artifact, prefix: str) -> list[dict[str, Any]]:
+    """`learning_curve` with ``PREFIX/`` before the name of each metric, as trackers take it; ``epoch`` keeps its name."""
+    return [
+        {name if name == "epoch" else f"{prefix}/{name}": value for name, value in row.items()}
+        for row in learning_curve(artifact)
+    ]

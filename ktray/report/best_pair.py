@@ -13,7 +13,8 @@ import yaml
 
 from ktray.report.figures import size_bars
 from ktray.report.formatting import anonymised_data, duration, number, size
-from ktray.report.stage_reuse import FindArtifact, keys_of, stage_position, with_inputs
+from ktray.report.stage_reuse import FindArtifact, stage_position, with_inputs
+from ktray.search.trial import keys_in
 from ktray.stores import intact_file_or_none
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _cluster_count(best: Trial) -> int:
 
 def reproduction(best: Trial, find: FindArtifact) -> dict[str, Any]:
     """Return what reproducing the pair takes: versions, commits, devices, costs of its stages, seeds, and its spec as YAML."""
-    records = [artifact.record for artifact in with_inputs(keys_of(best), find).values()]
+    records = [artifact.record for artifact in with_inputs(keys_in(best.keys), find).values()]
     records.sort(key=lambda record: (stage_position(record["stage"]), record.get("published", "")))
     versions: dict[str, list[str]] = {}
     for record in records:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from ktray.pipeline.pair_metrics import learning_curve
-from ktray.report.formatting import Objective, loss_of, measure, pair_title, value_of
+from ktray.report.formatting import Objective, loss_of, measure, pair_title, reference_values, value_of
 from ktray.report.stage_reuse import FindArtifact
 from ktray.search.ranking import pareto_front, ranked
 from ktray.text import counted
@@ -293,11 +293,7 @@ def history_plot(
     points = [(trial, value) for trial in completed if (value := value_of(trial, metric)) is not None]
     if len(points) < 2:
         return None
-    lines = {
-        name: float(value)
-        for name, reference in references.items()
-        if (value := reference["metrics"].get(metric)) is not None and math.isfinite(value)
-    }
+    lines = reference_values(references, metric)
     x_axis = linear_axis(-0.5, max(trial.number for trial in trials) + 0.5, (LEFT, WIDE_RIGHT), "trial")
     x_axis = replace(x_axis, ticks=tuple(tick for tick in x_axis.ticks if tick == int(tick)))
     y_axis = value_axis([*(value for _, value in points), *lines.values()], (BOTTOM, TOP), metric)
@@ -351,11 +347,7 @@ def objectives_plot(
             points.append((trial.number, _Point(x, y, str(trial.number), title)))
     if len(points) < 2:
         return None
-    lines = {
-        name: float(value)
-        for name, reference in references.items()
-        if (value := reference["metrics"].get(y_metric)) is not None and math.isfinite(value)
-    }
+    lines = reference_values(references, y_metric)
     marked = [point for number, point in points if number in on_front]
     return {
         "plot": scatter([point for _, point in points], marked, (x_metric, y_metric), lines),

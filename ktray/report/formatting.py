@@ -45,6 +45,18 @@ def number(value: float | None) -> str:
     return f"{value:.4g}" if abs(value) < 10_000 else f"{value:,.0f}"
 
 
+def finite(metrics: Mapping[str, float], metric: str) -> float | None:
+    """Return a finite value of `metric`; None if there is none."""
+    value = metrics.get(metric)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def reference_values(references: Mapping[str, Mapping[str, Any]], metric: str) -> dict[str, float]:
+    """Return name -> value of the references that have a finite value of `metric`."""
+    values = {name: finite(reference["metrics"], metric) for name, reference in references.items()}
+    return {name: float(value) for name, value in values.items() if value is not None}
+
+
 def measure(metric: str, value: float | None) -> str:
     """Format a metric: as a duration if it is in seconds, as a count if it is a whole number above 1, else as `number` does."""
     if value is None or not math.isfinite(value):

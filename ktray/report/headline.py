@@ -15,7 +15,18 @@ from ktray.pipeline.naming import lineage
 from ktray.pipeline.references import CEILING, RANDOM
 from ktray.plugins import stated
 from ktray.report.figures import strip
-from ktray.report.formatting import Objective, anonymised, listed, loss_of, measure, number, pair_title, value_of
+from ktray.report.formatting import (
+    Objective,
+    anonymised,
+    finite,
+    listed,
+    loss_of,
+    measure,
+    number,
+    pair_title,
+    reference_values,
+    value_of,
+)
 from ktray.search.ranking import ranked
 from ktray.search.trial import STATES, Trial
 from ktray.text import counted
@@ -46,9 +57,7 @@ def headline(
     best, values = completed[0], [value_of(trial, metric) or 0.0 for trial in completed]
     ties = [f"{trial.number}" for trial, value in zip(completed, values, strict=True) if value == values[0]][1:]
     split = _split(best.pair, metric)
-    known = {
-        name: value for name, reference in references.items() if (value := _finite(reference["metrics"], metric)) is not None
-    }
+    known = reference_values(references, metric)
     return {
         **facts,
         "best": {"name": pair_title(best.pair), "value": measure(metric, values[0]), "number": best.number},
@@ -74,13 +83,13 @@ def on_test(best: Trial, results: Mapping[str, Mapping[str, Any]], metric: str, 
         difference, and `others`, whether they include trials. None if the best pair was not judged there.
     """
     own = results.get(str(best.number))
-    value = _finite(own["metrics"], metric) if own else None
+    value = finite(own["metrics"], metric) if own else None
     if own is None or value is None:
         return None
     error, loss = own.get("errors", {}).get(metric), loss_of(mode)
     rows = []
     for name, result in results.items():
-        other, its_error = _finite(result["metrics"], metric), result.get("errors", {}).get(metric)
+        other, its_error = finite(result["metrics"], metric), result.get("errors", {}).get(metric)
         if other is None or name == str(best.number):
             continue
         gain = loss(other) - loss(value)
@@ -133,11 +142,6 @@ def _no_result(trials: Sequence[Trial]) -> list[str]:
     waiting = sum(trial.state in ("running", "interrupted", "paused") for trial in trials)
     open_trials = f" {counted(waiting, 'trial')} running, interrupted or waiting at a rung." if waiting else ""
     return [f"No trial has completed, so there is no best pair.{open_trials}"]
-
-
-def _finite(metrics: Mapping[str, float], metric: str) -> float | None:
-    value = metrics.get(metric)
-    return value if value is not None and math.isfinite(value) else None
 
 
 def _comparison(best: float, known: Mapping[str, float], metric: str, mode: str) -> list[str]:

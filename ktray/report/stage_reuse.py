@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktray.artifact import Artifact, kind_of
 from ktray.report.formatting import duration
+from ktray.search.trial import keys_in
 from ktray.stores import Store
 from ktray.text import counted
 
@@ -26,14 +27,6 @@ def stage_position(stage: str) -> int:
 def cached_find(store: Store) -> FindArtifact:
     """Return `store.find` with a cache: each call checks every file of an artifact."""
     return lru_cache(maxsize=None)(store.find)
-
-
-def keys_of(trial: Trial) -> list[str]:
-    """Return the keys of a trial's artifacts in the order of its stages, evaluations included."""
-    found: list[str] = []
-    for value in trial.keys.values():
-        found += value.values() if isinstance(value, Mapping) else [value]
-    return found
 
 
 def with_inputs(keys: Iterable[str], find: FindArtifact) -> dict[str, Artifact]:
@@ -57,7 +50,7 @@ def reuse_table(trials: Sequence[Trial], find: FindArtifact) -> dict[str, Any] |
     """
     computed: dict[str, Artifact] = {}
     uses: dict[str, list[float]] = {}  # stage kind -> seconds alone, per use by a trial
-    used = [with_inputs(keys_of(trial), find) for trial in trials if trial.state != "duplicate"]
+    used = [with_inputs(keys_in(trial.keys), find) for trial in trials if trial.state != "duplicate"]
     for artifacts in used:
         computed |= artifacts
         for key, artifact in artifacts.items():

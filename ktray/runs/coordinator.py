@@ -375,10 +375,7 @@ def _up_to_features(graph: Graph) -> list[Stage]:
 
 
 def _student_curve(graph: Graph, artifacts: Mapping[str, Any]) -> list[dict[str, float]]:
-    rows = pair_metrics.learning_curve(artifacts[graph.keys["student"]]) if "student" in graph.keys else []
-    return [
-        {"epoch": row["epoch"], **{f"student/{name}": value for name, value in row.items() if name != "epoch"}} for row in rows
-    ]
+    return pair_metrics.prefixed_curve(artifacts[graph.keys["student"]], "student") if "student" in graph.keys else []
 
 
 def _milestones(space: Space) -> dict[str, dict[str, list[int]]]:

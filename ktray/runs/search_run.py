@@ -367,19 +367,18 @@ def search_study(
     if interruption.is_requested():
         outcome.interrupted, outcome.stopped = True, None
     outcome.unwritten = tracker.unwritten()
-    outcome.trials_elsewhere = _trials_elsewhere(study, tracker)
+    outcome.trials_elsewhere = _trials_elsewhere(study, tracker, outcome.unwritten)
     outcome.published, outcome.reused = used & scheduler.published, used - scheduler.published
     outcome.seconds = time.monotonic() - began
     return outcome
 
 
-def _trials_elsewhere(study: Study, tracker: Tracker) -> int:
+def _trials_elsewhere(study: Study, tracker: Tracker, unwritten: Unwritten) -> int:
     """How many trials that ran the tracker has not got, where nothing waits for it."""
-    if any(vars(tracker.unwritten()).values()):
+    if any(vars(unwritten).values()):
         return 0
-    return len(
-        {trial.number for trial in study.trials() if trial.keys and trial.state != "duplicate"} - tracker.trials_written()
-    )
+    ran = {trial.number for trial in study.trials() if trial.keys and trial.state != "duplicate"}
+    return len(ran - tracker.trials_written())
 
 
 def unwritten_events(outcome: SearchOutcome, settings: Settings) -> str:

@@ -202,10 +202,7 @@ def log_stage(tracker: Tracker, artifact: Artifact) -> None:
             name=f"{stage_name(stage, spec)} {artifact.key[-12:][:6]}",
             metrics=metrics,
             tags={"ktray.stage": stage, "ktray.device": record["device"], "ktray.commit": record["commit"] or "not a checkout"},
-            curve=[
-                {name if name == "epoch" else f"{prefix}/{name}": value for name, value in row.items()}
-                for row in pair_metrics.learning_curve(artifact)
-            ],
+            curve=pair_metrics.prefixed_curve(artifact, prefix),
             images=[path for path in sorted(artifact.directory.glob("*.png")) if intact_file_or_none(artifact, path.name)],
             params=flat(spec),
             note=_stage_note(artifact),

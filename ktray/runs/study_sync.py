@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ktray import __version__
-from ktray.artifact import Artifact
 from ktray.errors import UserError
 from ktray.fingerprint import fingerprint
 from ktray.pipeline import pair_metrics, references
@@ -21,7 +18,7 @@ from ktray.runs.uncertainty import level_with_best
 from ktray.search import ranking
 from ktray.search.history import driver_of_study, read_study
 from ktray.search.journal import study_folder
-from ktray.search.trial import Trial
+from ktray.search.trial import Trial, keys_in
 from ktray.stores import Store
 from ktray.tracking import Tracker, Unwritten
 from ktray.tracking.connection import validated_uri
@@ -74,7 +71,8 @@ def sync(study: str, uri: str, settings: Settings, share_images: bool = False, l
     for trial in history.trials:
         _log_trial(logger, trial, store, clock)
     lines = references.read(folder)
-    keys = {key for trial in history.trials for key in trial.artifact_keys} | set(_keys_of(lines))
+    keys = {key for trial in history.trials for key in trial.artifact_keys}
+    keys |= {key for line in lines.values() for key in keys_in(line.get("keys", {}))}
     stages = with_inputs(sorted(keys), store.find)
     for artifact in stages.values():
         log_stage(tracker, artifact)
@@ -104,23 +102,10 @@ def _log_trial(logger: TrialLogger, trial: Trial, store: Store, clock: _Clock) -
         return
     logger.begin_trial(trial, trial.keys)
     student = store.find(trial.keys["student"]) if "student" in trial.keys else None
-    logger.tracker.log_curve(trial.number, _curve(student))
+    logger.tracker.log_curve(trial.number, pair_metrics.prefixed_curve(student, "student") if student is not None else [])
     logger.log_scores(trial)
     clock.now = trial.ended if trial.ended is not None else clock.now
     if trial.state == "completed":
         logger.complete_trial(trial, trial.keys, trial.metrics, trial.epoch)
     else:
         logger.end_trial(trial, trial.keys, {})
-
-
-def _curve(student: Artifact | None) -> Sequence[Mapping[str, float]]:
-    rows = pair_metrics.learning_curve(student) if student is not None else []
-    return [{name if name == "epoch" else f"student/{name}": value for name, value in row.items()} for row in rows]
-
-
-def _keys_of(lines: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    found: list[str] = []
-    for line in lines.values():
-        for value in line.get("keys", {}).values():
-            found += value.values() if isinstance(value, Mapping) else [value]
-    return found

@@ -80,5 +80,10 @@ class Trial:
     @property
     def artifact_keys(self) -> set[str]:
         """The keys of all its artifacts so far: the values in `keys`, as one set."""
-        nested = (value.values() if isinstance(value, Mapping) else [value] for value in self.keys.values())
-        return {key for values in nested for key in values}
+        return set(keys_in(self.keys))
+
+
+def keys_in(keys: Mapping[str, Any]) -> list[str]:
+    """The keys of artifacts in the `keys` of a pair, in the order of its stages, evaluations included."""
+    nested = (value.values() if isinstance(value, Mapping) else [value] for value in keys.values())
+    return [key for values in nested for key in values]

@@ -6,7 +6,7 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
 FOLDER = "mlartifacts"
 _LOCATIONS = (  # tables and columns of MLflow's database that hold locations below that of an experiment
@@ -15,6 +15,11 @@ _LOCATIONS = (  # tables and columns of MLflow's database that hold locations be
     ("model_versions", "storage_location"),
     ("model_versions", "source"),
 )
+
+
+def open_read_only(database: Path, timeout: float = 5.0) -> sqlite3.Connection:
+    """Open a sqlite database that must exist and that nobody changes through this connection."""
+    return sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True, timeout=timeout)
 
 
 def follow_home(database: Path, home: Path, study: str = "") -> None:

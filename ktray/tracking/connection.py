@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, unquote, urlsplit
+from urllib.parse import unquote, urlsplit
 
 from ktray.errors import UserError
 from ktray.redaction import without_secrets
 from ktray.stores.locks import wait_for_lock
-from ktray.tracking.artifact_locations import FOLDER, follow_home
+from ktray.tracking.artifact_locations import FOLDER, follow_home, open_read_only
 
 # No retries and short timeouts inside MLflow: the spool retries without blocking anyone, and urllib3 warns at each retry of its
 # own. MLflow's telemetry sends data out, and its "View run at" lines go to stdout, which is for results.
@@ -122,7 +122,7 @@ def _damage_of(database: Path | None) -> str:
     try:
         with open(database, "rb") as file:
             versions = file.read(20)[18:]  # of the format: 1 and 2 are known
-        with closing(sqlite3.connect(f"file:{quote(str(database))}?mode=ro", uri=True)) as opened:
+        with closing(open_read_only(database)) as opened:
             opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
     except sqlite3.OperationalError:  # locked, or no permission for the files beside it
         return ""

@@ -34,6 +34,10 @@ class Position:
     tracker: str = ""
     runs: dict[str, tuple[str, int]] = field(default_factory=dict)
 
+    def written_to(self, tracker: str) -> Position:
+        """This position, if it is one in the runs of this tracker; else the beginning, with none of its runs."""
+        return self if self.tracker == tracker else Position(tracker=tracker)
+
 
 class Spool:
     """The event file of one study. Any thread or process may append; only the one that has the claim applies events."""

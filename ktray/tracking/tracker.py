@@ -17,7 +17,7 @@ from ktray.fingerprint import fingerprint
 from ktray.redaction import without_secrets
 from ktray.tracking.connection import validated_uri
 from ktray.tracking.mlflow_names import experiment_tags, key_of, metrics_of, params_of, run_name, tags_of
-from ktray.tracking.spool import Position, Spool
+from ktray.tracking.spool import Spool
 from ktray.tracking.writer import Writer
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
@@ -282,8 +282,9 @@ class Tracker:
 
     def trials_written(self) -> set[int]:
         """Return the numbers of the trials that this tracker has got, in this session or an earlier one."""
-        position = self._spool.load_position() if self._spool is not None else Position()
-        runs = position.runs if position.tracker == fingerprint(self._uri) else {}
+        if self._spool is None:
+            return set()
+        runs = self._spool.load_position().written_to(fingerprint(self._uri)).runs
         return {int(ref.removeprefix("trial/")) for ref in runs if ref.startswith("trial/")}
 
     @_never_raises
@@ -308,9 +309,9 @@ def logged_stages(spool: Spool, tracker: str) -> set[str]:
     Args:
         tracker: fingerprint of its URI. What was written to another tracker does not count.
     """
-    position = spool.load_position()
-    runs, offset = (position.runs, position.offset) if position.tracker == tracker else ({}, 0)
-    keys = {ref.removeprefix("stage/") for ref in runs if ref.startswith("stage/")}
+    position = spool.load_position().written_to(tracker)
+    offset = position.offset
+    keys = {ref.removeprefix("stage/") for ref in position.runs if ref.startswith("stage/")}
     while entries := spool.read(offset):
         keys |= {event["key"] for event, _ in entries if event.get("do") == "stage"}
         offset = entries[-1][1]

@@ -17,6 +17,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from ktray.tracking.artifact_locations import open_read_only
 from ktray.tracking.mlflow_names import VIEW_QUERY
 
 DATABASE = "KTRAY_UI_DATABASE"  # environment variable: path of the sqlite tracker
@@ -71,7 +72,7 @@ def studies_of(database: Path) -> list[str]:
         "WHERE t.key = 'ktray.study' AND e.lifecycle_stage = 'active' ORDER BY e.last_update_time DESC"
     )
     try:
-        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True, timeout=5)) as tables:
+        with closing(open_read_only(database)) as tables:
             return [str(int(row[0])) for row in tables.execute(query)]
     except (sqlite3.Error, ValueError):
         return []
